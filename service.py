@@ -663,11 +663,11 @@ class ExternalClient:
             limit = min(settings.external_timeout_seconds, ends - time.monotonic())
             return await circuit.call(lambda: self.get(limit))
 
-        attempts = tenacity.stop_after_attempt(settings.external_attempts)
         deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
+        stop = tenacity.stop_after_attempt(settings.external_attempts) | deadline
         retry = tenacity.retry_if_exception(is_worth_a_retry)
         # One for each call: a shared one would mix the states of its callers.
-        retrying = tenacity.AsyncRetrying(attempts | deadline, wait=wait, retry=retry, reraise=True)
+        retrying = tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)
         return await retrying(attempt)
 
     async def get(self, limit: float) -> Any:
