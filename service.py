@@ -2,22 +2,15 @@
 
 The way of a request, and so the order of this file's second half:
 
-    uvicorn > RequestContext > BodyLimit > TokenCheck > route > a query or two > the answer
+    uvicorn > RequestContext > BodyLimit > TokenCheck > route > a statement or two > the answer
               request id,      413, 408    401 before         > the external client
               access record,               any route            (retries, circuit breaker)
-              every error's answer
+              every last error
 
 First half, the vocabulary; each section can be read alone:
-    1 Settings          every knob
-    2 Logging           the request id, two formats, a writer that never blocks
-    3 Errors            what can go wrong, and the one shape it leaves in
-    4 Database          opening, migrating, every SQL statement
-    5 External client   timeout, retry, circuit breaker
-    6 Security          passwords, throttle, tokens
+    1 Settings, 2 Logging, 3 Errors, 4 Database, 5 External client, 6 Security
 Second half, the request:
-    7 Middleware        RequestContext, BodyLimit, TokenCheck
-    8 Routes            each beside its models
-    9 App               start, stop, everything put together
+    7 Middleware, 8 Routes (each beside its models), 9 App (start, stop, everything together)
 
 Nothing is used before it is defined. Run it: `uvicorn service:app`.
 """
@@ -38,14 +31,13 @@ import time
 import unicodedata
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from http import HTTPStatus
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Optional, cast
+from typing import Annotated, Any, Literal, NamedTuple, Optional
 
 import anyio
 import asyncpg
@@ -55,150 +47,111 @@ import httpx
 import jwt
 import pybreaker
 import pydantic
+import pydantic_core
 import tenacity
-from databases.core import Connection
 from email_validator import EmailNotValidError, validate_email
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field, SecretStr
-from pydantic.json_schema import models_json_schema
-from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# ======================================================================================
-# 1 Settings
+# ==== 1 Settings ======================================================================
 # Read once, at start: the environment wins over `.env`; an empty value counts as unset.
 # To add one: a field here, a line in `.env.example`, a row in the README's table.
-# ======================================================================================
 
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Upper = pydantic.BeforeValidator(str.upper)
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+DATABASE_URL = r"sqlite:///[^?#]+|postgresql://[^/?#]+/[^/?#]+(\?(&?(ssl|max_size)=\w[\w-]*)+)?"
 
 
 class Settings(BaseSettings):
-    """Every knob. Raises: pydantic.ValidationError, which never shows the value."""
+    """Every knob. Raises: pydantic.ValidationError."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
-    )
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
 
     environment: Literal["development", "production", "test"] = "development"
-    database_url: str = "sqlite:///service.db"
+    database_url: Annotated[str, Field(pattern=f"^({DATABASE_URL})$")] = "sqlite:///service.db"
     database_timeout_seconds: Seconds = 5  # a statement, its queue and its locks; then 503
     jwt_secret: Optional[SecretStr] = None  # None: a random one; required in production
-    jwt_expires_seconds: int = Field(86400, ge=1, le=315_360_000)  # ten years at most
-    bcrypt_rounds: int = Field(12, ge=4, le=15)  # one more doubles the time; 12 takes 0.25 s
-    password_min_length: int = Field(8, ge=1, le=128)  # characters, of new passwords
+    jwt_expires_seconds: Annotated[int, Field(ge=1, le=315_360_000)] = 86400
+    bcrypt_rounds: Annotated[int, Field(ge=4, le=15)] = 12  # 0.25 s; one more doubles it
+    password_min_length: Annotated[int, Field(ge=1, le=128)] = 8  # characters, of new passwords
     login_max_failures: Count = 5  # on an email from one address, in a window
     login_window_seconds: Count = 300
-    max_body_bytes: int = Field(65536, ge=1, le=2**30)  # a larger body: 413
+    max_body_bytes: Annotated[int, Field(ge=1, le=2**30)] = 65536  # a larger body: 413
     external_api_url: Optional[pydantic.AnyHttpUrl] = None  # None: the demo upstream
     external_timeout_seconds: Seconds = 2  # one attempt, from first to last byte
     external_deadline_seconds: Seconds = 5  # the whole call, attempts and waits
-    external_attempts: int = Field(3, ge=1, le=20)
+    external_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     breaker_fail_max: Count = 5  # failed attempts in a row that open the circuit
     breaker_reset_seconds: Seconds = 30  # how long it stays open before one probe
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], Upper] = "INFO"
+    log_level: Annotated[Level, pydantic.BeforeValidator(str.upper)] = "INFO"
     log_format: Literal["text", "json"] = "text"
 
-    @pydantic.field_validator("database_url")
-    @classmethod
-    def check_database_url(cls, value: str) -> str:
-        """Refuse what `databases` would ignore, or take for a part of the file's name."""
-        try:
-            url = databases.DatabaseURL(value)
-            known = {"sqlite": set(), "postgresql": {"ssl", "max_size"}}[url.scheme]
-            good = url.database and (url.hostname or url.scheme == "sqlite") and url.port != 0
-        except (ValueError, KeyError):  # their texts repeat the URL, password included
-            good = False
-        if not good or set(url.options) - known or (url.scheme == "sqlite" and url.netloc):
-            raise ValueError(
-                "use sqlite:///path or postgresql://user:password@host:port/name, the latter "
-                "with ?ssl=... and &max_size=... if need be"
-            )
-        return value
-
     @pydantic.model_validator(mode="after")
-    def check_secrets(self) -> "Settings":
-        """A key has at least as many bits as the hash (RFC 7518, 3.2); production has its own."""
+    def check_production(self) -> "Settings":
+        """A key is at least as long as the hash (RFC 7518, 3.2)."""
         if self.jwt_secret and len(self.jwt_secret.get_secret_value().encode()) < 32:
-            raise ValueError("JWT_SECRET: use 32 bytes or more, for instance: openssl rand -hex 32")
+            raise ValueError("JWT_SECRET must have 32 bytes or more; try: openssl rand -hex 32")
         for name in ("jwt_secret", "external_api_url"):
             if self.environment == "production" and getattr(self, name) is None:
-                raise ValueError(f"{name.upper()}: required in production")
+                raise ValueError(f"{name.upper()} is required in production")
         return self
-
-    @property
-    def has_demo_switch(self) -> bool:
-        return self.environment == "development" and self.external_api_url is None
 
 
 def load_settings() -> Settings:
-    """Read the settings, or end the process with one message that names the variables."""
+    """Read them, or end the process with one message that names the variables, not the values."""
     try:
         return Settings()
     except pydantic.ValidationError as exc:
-        wrong = [": ".join([*map(str.upper, map(str, e["loc"])), e["msg"]]) for e in exc.errors()]
+        wrong = [" ".join([*map(str, e["loc"][:1])]).upper() + " " + e["msg"] for e in exc.errors()]
     except (OSError, UnicodeError) as exc:
-        wrong = [f".env cannot be read: {type(exc).__name__}"]
+        wrong = [f".env cannot be read ({type(exc).__name__})"]
     raise SystemExit(f"service: not started: {'; '.join(wrong)}")
 
 
-# ======================================================================================
-# 2 Logging
-# One line a record, to stdout. The request id travels in a context variable, so that every
-# record of a request carries it, whoever writes the record. A reader that stalls never stalls
-# the service: past 10,000 waiting lines new ones are dropped, counted, and the count is logged.
-# Other libraries are heard from WARNING up only: at DEBUG some print the values of statements.
-# ======================================================================================
+# ==== 2 Logging =======================================================================
+# One line a record, to stdout. The request id travels in a context variable, so every record of
+# a request has it. A reader that stalls never stalls the service: past 10,000 waiting lines new
+# ones are dropped, and counted. Other libraries are heard from WARNING up: some print values.
 
 logger = logging.getLogger("service")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
-CONTROL = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
-
 
 def format_time(epoch_seconds: float) -> str:
-    """RFC 3339 in UTC, to the microsecond."""
+    """RFC 3339 in UTC."""
     moment = datetime.fromtimestamp(epoch_seconds, timezone.utc)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class Formatter(logging.Formatter):
-    """One line a record. In text, control characters are escaped and tracebacks indented:
-    whatever a message quotes, only the service itself begins a line."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self.as_json = as_json
+    """One JSON object a record; or text in which only the service itself begins a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment, rid, message = format_time(record.created), request_id.get(), record.getMessage()
         trace = self.formatException(record.exc_info) if record.exc_info else ""
-        if not self.as_json:
-            line = f"{moment} {record.levelname:8} [{rid}] {message.translate(CONTROL)}"
-            return line + ("\n" + trace).replace("\n", "\n    ") if trace else line
-        entry = {"time": moment, "level": record.levelname, "logger": record.name}
-        entry.update(message=message, request_id=rid, **({"traceback": trace} if trace else {}))
-        return json.dumps({**entry, **getattr(record, "fields", {})})
+        if self._fmt == "json":
+            entry = {"time": moment, "level": record.levelname, "logger": record.name}
+            entry.update(message=message, request_id=rid, **getattr(record, "fields", {}))
+            return json.dumps({**entry, "traceback": trace} if trace else entry)
+        line = f"{moment} {record.levelname:8} [{rid}] {json.dumps(message)[1:-1]}"
+        return line + ("\n" + trace).replace("\n", "\n    ") if trace else line
 
 
 class StdoutHandler(logging.Handler):
-    """Hands each line to a thread, which alone waits for whoever reads stdout."""
+    """Hands lines to a thread, which alone waits for whoever reads stdout."""
 
-    def __init__(self, as_json: bool, limit: int = 10_000) -> None:
+    def __init__(self, limit: int = 10_000) -> None:
         super().__init__()
-        self.setFormatter(Formatter(as_json))
         self.lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.limit, self.dropped = limit, 0
-        self.thread = threading.Thread()
+        self.limit, self.dropped, self.thread = limit, 0, threading.Thread()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.lines.qsize() >= self.limit:
@@ -207,13 +160,13 @@ class StdoutHandler(logging.Handler):
         if self.dropped:
             note, self.dropped = f"{self.dropped} log records dropped: read faster", 0
             self.emit(logging.LogRecord("service", logging.WARNING, "", 0, note, None, None))
-        self.lines.put((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+        self.lines.put((self.format(record) + "\n").encode())
         if not self.thread.is_alive():  # the first record of the process, also after a fork
             self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
             self.thread.start()
 
     def flush(self) -> None:
-        """Wait until the lines so far are written, a second at most; also called at exit."""
+        """Wait for the lines so far, one second at most. Called at exit, too."""
         written = threading.Event()
         self.lines.put(written)
         written.wait(1 if self.thread.is_alive() else 0)
@@ -224,18 +177,15 @@ class StdoutHandler(logging.Handler):
             if isinstance(line, threading.Event):
                 line.set()
                 continue
-            while line:
-                try:
+            with contextlib.suppress(OSError):  # the reader has gone, and with it the line
+                while line:
                     line = line[os.write(1, line) :]
-                except BlockingIOError:
-                    time.sleep(0.05)
-                except OSError:  # the reader has gone, and with it the line
-                    break
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send every record through one handler; uvicorn's access log gives way to ours."""
-    handler = StdoutHandler(as_json=settings.log_format == "json")
+    """Send all through one handler, uvicorn's too; its access log gives way to ours."""
+    handler = StdoutHandler()
+    handler.setFormatter(Formatter(settings.log_format, validate=False))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
         log = logging.getLogger(name)
@@ -243,16 +193,15 @@ def configure_logging(settings: Settings) -> None:
         log.setLevel(settings.log_level)
 
 
-def log_event(event: str, user_id: Optional[str], message: str = "", level: int = 20) -> None:
-    """Write a security event: a word for programs, who it was, and nothing secret."""
-    logger.log(level, message or event, extra={"fields": {"event": event, "user_id": user_id}})
+def log_event(event: str, user_id: Optional[str], detail: str = "", level: int = 20) -> None:
+    """A security event: a word for programs, whom it concerns, and nothing secret."""
+    fields = {"event": event, "user_id": user_id}
+    logger.log(level, f"{event} {detail}".strip(), extra={"fields": fields})
 
 
-# ======================================================================================
-# 3 Errors
+# ==== 3 Errors ========================================================================
 # Whoever notices an error raises it by its code; `problem_response` alone makes answers of them.
-# To add one: a line in ERRORS, a raise, and its code in the problems() of the route.
-# ======================================================================================
+# To add one: a line in ERRORS, a raise, and its status in the answers() of the route.
 
 ERRORS = {  # code (a stable word, for programs): status, what to do next (for people)
     "not_authenticated": (401, "This needs a token: log in, send Authorization: Bearer <token>."),
@@ -279,14 +228,16 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 class ServiceError(HTTPException):
     """The base of all. Starlette's, because nothing else gets out of receive() unchanged."""
 
-    def __init__(self, code: str, retry_after: float = 1, errors: Any = None) -> None:
-        self.code, self.errors = code, errors
-        super().__init__(*ERRORS[code], headers={})
-        if self.status_code in (429, 503):
-            self.headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-        if self.status_code == 401:  # RFC 6750, 3: with `error` only if a token was sent
+    errors: Any = None
+
+    def __init__(self, code: str, retry_after: float = 1) -> None:
+        self.code, (status, sentence), headers = code, ERRORS[code], {}
+        if status in (429, 503):
+            headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+        if status == 401:  # RFC 6750, 3: with `error` only if a token was sent
             sent = ', error="invalid_token"' if code.endswith("_token") else ""
-            self.headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
+            headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
+        super().__init__(status, sentence, headers)
 
 
 class AuthError(ServiceError):
@@ -294,72 +245,78 @@ class AuthError(ServiceError):
 
 
 class ValidationError(ServiceError):
-    """`errors` says where (`loc`) and why (`msg`, `type`), never what was sent."""
+    """`errors` says where and why, never what was sent."""
 
-    def __init__(self, errors: list[dict[str, Any]]) -> None:
-        super().__init__("invalid_request", errors=errors)
+    def __init__(self, *errors: Any) -> None:
+        super().__init__("invalid_request")
+        self.errors = [{name: error[name] for name in ("loc", "msg", "type")} for error in errors]
 
 
 class ExternalServiceError(ServiceError):
-    """What the external API can do to us, and what the retries and the circuit make of it."""
+    """What the external API did, and what retries and circuit make of it."""
 
-    def __init__(
-        self,
-        code: str = "external_service_error",
-        *,
-        retry: bool = False,
-        wait: Optional[float] = None,  # seconds, if the upstream asked for them
-        is_failure: bool = True,  # False: no fault of the upstream's
-        retry_after: float = 1,
-    ) -> None:
-        super().__init__(code, retry_after)
-        self.retry, self.wait, self.is_failure = retry, wait, is_failure
+    retry, wait, is_failure = False, None, True  # wait: seconds, if it asked for them
+
+    def __init__(self, code: str = "external_service_error", **facts: Any) -> None:
+        super().__init__(code, facts.pop("retry_after", 1))
+        self.__dict__.update(facts)
+
+
+class Problem(BaseModel):
+    """Any error (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str = Field(description="What to do next, for people.")
+    code: str = Field(description="A stable word, for programs.")
+    request_id: str = Field(description="As in X-Request-ID: it finds the request in the log.")
+    errors: Optional[list[dict[str, Any]]] = Field(None, description="With 422: loc, msg, type.")
 
 
 def describe_problem(error: ServiceError) -> dict[str, Any]:
-    """The one shape of an error: RFC 9457, with `code`, `request_id`, and `errors` for 422."""
-    status = error.status_code
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status}
-    body.update(detail=error.detail, code=error.code, request_id=request_id.get())
-    return body if error.errors is None else {**body, "errors": error.errors}
+    status, detail, code = error.status_code, error.detail, error.code
+    title, rid, errors = HTTPStatus(status).phrase, request_id.get(), error.errors
+    problem = Problem(
+        title=title, status=status, detail=detail, code=code, request_id=rid, errors=errors
+    )
+    return problem.model_dump(exclude_none=True)
 
 
-def problem_response(error: ServiceError) -> Response:
+async def problem_response(_: Any, exc: Exception) -> Response:
+    """Answer any exception in the one shape; those of Starlette and FastAPI are translated."""
+    status, error = getattr(exc, "status_code", 500), exc
+    if isinstance(exc, RequestValidationError):
+        error = ValidationError(*exc.errors())
+    elif status == 400:
+        error = ValidationError({"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"})
+    elif not isinstance(exc, ServiceError):
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        error = ServiceError(codes.get(status, "internal_error"))
+        error.headers = getattr(exc, "headers", None)  # Allow
     media_type = "application/problem+json"
     return JSONResponse(describe_problem(error), error.status_code, error.headers, media_type)
 
 
-async def handle_http_exception(_: Request, exc: Exception) -> Response:
-    """Give Starlette's own errors our shape: 404, 405, and 400 for a body that is not JSON."""
-    if isinstance(exc, ServiceError):
-        return problem_response(exc)
-    assert isinstance(exc, HTTPException)
-    if exc.status_code == 400:
-        errors = [{"loc": ["body"], "msg": "This is not JSON.", "type": "json_invalid"}]
-        return problem_response(ValidationError(errors))
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    error = ServiceError(codes.get(exc.status_code, "internal_error"))
-    error.headers = exc.headers  # Allow
-    return problem_response(error)
+def answers(*statuses: int) -> dict[Any, dict[str, Any]]:
+    """What openapi.json is to say of a route: every error with one of the statuses."""
+    found: dict[Any, dict[str, Any]] = {}
+    for code, (status, sentence) in ERRORS.items():
+        if status in statuses:
+            content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
+            answer = {"description": sentence, "content": {"application/problem+json": content}}
+            kept = found.setdefault(status, answer)["content"]["application/problem+json"]
+            kept["examples"][code] = {"value": describe_problem(ServiceError(code))}
+    return found
 
 
-async def handle_validation_error(_: Request, exc: Exception) -> Response:
-    """Leave out FastAPI's `input` and `ctx`: they repeat what was sent."""
-    assert isinstance(exc, RequestValidationError)
-    errors = [{name: error[name] for name in ("loc", "msg", "type")} for error in exc.errors()]
-    return problem_response(ValidationError(errors))
-
-
-# ======================================================================================
-# 4 Database
+# ==== 4 Database ======================================================================
 # Raw SQL through `databases`, one method a statement: single statements and constraints keep
 # every promise, so no transaction is left open. SQLite: two held connections, one for reads,
 # which go on while a write waits. PostgreSQL: a pool. To change the schema, see schema.sql.
-# ======================================================================================
 
 Row = dict[str, Any]
 Opened = contextlib.AsyncExitStack
-
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DRIVER_ERRORS = (*POSTGRES_ERRORS, sqlite3.Error, OSError, asyncio.TimeoutError)
@@ -373,28 +330,29 @@ class Lane(NamedTuple):
     """Connections, and how many statements may use them at once."""
 
     turn: asyncio.Semaphore
-    connect: Callable[[], contextlib.AbstractAsyncContextManager[Connection]]
+    connect: Callable[[], Any]
 
 
-class Database:
+class Database(NamedTuple):
     """Every statement, each within `timeout` seconds, its queue and its locks included.
 
-    All methods raise database_unavailable, whatever goes wrong. When a write returns, it is on
-    disk; when it raises, its outcome is open.
+    Whatever goes wrong raises database_unavailable. When a write returns, it is on disk; when it
+    raises, its outcome is open.
     """
 
-    def __init__(self, reads: Lane, writes: Lane, timeout: float) -> None:
-        self.reads, self.writes, self.timeout = reads, writes, timeout
+    reads: Lane
+    writes: Lane
+    timeout: float
 
-    async def run(self, lane: Lane, sql: str, **values: Any) -> Optional[Row]:
-        """Return the first row, if any."""
+    async def run(self, lane: Lane, sql: str, **values: Any) -> Row:
+        """Return the first row, empty if there is none."""
         begun: list[Any] = []
 
-        async def statement() -> Optional[Row]:
+        async def statement() -> Row:
             async with lane.turn, lane.connect() as connection:
                 begun.append(connection.raw_connection)
                 row = await connection.fetch_one(sql, values)
-                return None if row is None else dict(row._mapping)
+                return dict(row._mapping) if row else {}
 
         # A task, because waiting for a cancelled statement can take for ever (PostgreSQL frozen).
         # Out of time, it is cancelled if it still queues. If it has begun, SQLite ends it by its
@@ -402,10 +360,10 @@ class Database:
         task = asyncio.ensure_future(statement())
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.wait({task}, timeout=self.timeout)
+        why = "no answer in time"
         try:
             if task.done():
                 return task.result()
-            why = "no answer in time"
             if not begun:
                 task.cancel()
             elif isinstance(begun[0], asyncpg.Connection):
@@ -415,55 +373,51 @@ class Database:
         logger.warning("database: %s", why)
         raise ServiceError("database_unavailable")
 
-    async def insert_user(self, email: str, password_hash: str) -> Optional[Row]:
-        """Return the new user, or None if the email is taken: the constraint decides."""
+    async def insert_user(self, email: str, password_hash: str) -> Row:
+        """Return the new user; nothing if the email is taken: the constraint decides."""
         sql = """
             INSERT INTO users (id, email, password_hash, created_at)
             VALUES (:id, :email, :hash, :now)
             ON CONFLICT (email) DO NOTHING
             RETURNING id, email, created_at"""
-        new_id, now = str(uuid.uuid4()), format_time(time.time())
-        return await self.run(self.writes, sql, id=new_id, email=email, hash=password_hash, now=now)
+        new = {"id": str(uuid.uuid4()), "now": format_time(time.time())}
+        return await self.run(self.writes, sql, **new, email=email, hash=password_hash)
 
-    async def find_user_by_email(self, email: str) -> Optional[Row]:
+    async def find_user_by_email(self, email: str) -> Row:
         sql = "SELECT id, password_hash, token_version FROM users WHERE email = :email"
         return await self.run(self.reads, sql, email=email)
 
-    async def find_user_by_id(self, user_id: str) -> Optional[Row]:
+    async def find_user_by_id(self, user_id: str) -> Row:
         sql = """
             SELECT id, email, password_hash, token_version, created_at
             FROM users WHERE id = :id"""
         return await self.run(self.reads, sql, id=user_id)
 
-    async def replace_hash(self, user_id: str, old: str, new: str, end_sessions: bool) -> bool:
-        """Return False if the old hash is not there any more: somebody else was quicker."""
+    async def replace_hash(self, user: Row, new: str, end_sessions: bool) -> bool:
+        """Return False if the user has another hash by now: somebody else was quicker."""
         sql = """
             UPDATE users SET password_hash = :new, token_version = token_version + :ended
             WHERE id = :id AND password_hash = :old
             RETURNING id"""
-        ended = int(end_sessions)
-        return bool(await self.run(self.writes, sql, id=user_id, old=old, new=new, ended=ended))
+        known = {"id": user["id"], "old": user["password_hash"]}
+        return bool(await self.run(self.writes, sql, **known, new=new, ended=int(end_sessions)))
 
     async def end_sessions(self, user_id: str) -> None:
         """Refuse every token that the user has been given."""
         sql = "UPDATE users SET token_version = token_version + 1 WHERE id = :id"
         await self.run(self.writes, sql, id=user_id)
 
-    async def count_attempt(self, email: str, address: str, now: int, ends: int) -> Row:
+    async def count_attempt(self, email: str, address: str, ends: int) -> Row:
         """Count one more in the window that is open, or the first of a new one."""
         sql = """
-            INSERT INTO login_attempts AS seen (email, address, attempts, window_ends_at)
+            INSERT INTO login_attempts (email, address, attempts, window_ends_at)
             VALUES (:email, :address, 1, :ends)
-            ON CONFLICT (email, address) DO UPDATE SET
-                attempts = CASE WHEN seen.window_ends_at > :now THEN seen.attempts + 1 ELSE 1 END,
-                window_ends_at = CASE WHEN seen.window_ends_at > :now
-                                 THEN seen.window_ends_at ELSE excluded.window_ends_at END
+            ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
             RETURNING attempts, window_ends_at"""
-        row = await self.run(self.writes, sql, email=email, address=address, now=now, ends=ends)
-        return cast(Row, row)
+        return await self.run(self.writes, sql, email=email, address=address, ends=ends)
 
     async def forgive_attempt(self, email: str, address: str) -> None:
-        """Clear what stands against the address; take one from what stands against all."""
+        """Clear what stands against the address; take one from what stands against all ('*')."""
         sql = """
             UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
             WHERE email = :email AND address IN (:address, '*') AND attempts > 0"""
@@ -475,17 +429,17 @@ class Database:
 
     async def keep_secret(self, name: str, value: str) -> str:
         """Store the value unless there is one; return the one on which all workers agree."""
-        sql = "INSERT INTO secrets (name, value) VALUES (:name, :value) ON CONFLICT DO NOTHING"
-        await self.run(self.writes, sql, name=name, value=value)
-        sql = "SELECT value FROM secrets WHERE name = :name"
-        return str(cast(Row, await self.run(self.reads, sql, name=name))["value"])
+        sql = """
+            INSERT INTO secrets (name, value) VALUES (:name, :value)
+            ON CONFLICT (name) DO UPDATE SET name = excluded.name
+            RETURNING value"""
+        return str((await self.run(self.writes, sql, name=name, value=value))["value"])
 
-    async def find_schema_version(self) -> int:
-        sql = "SELECT MAX(version) AS version FROM schema_migrations"
-        return int(cast(Row, await self.run(self.reads, sql))["version"])
+    async def ping(self) -> None:
+        await self.run(self.reads, "SELECT version FROM schema_migrations WHERE version = 1")
 
 
-async def migrate(connection: Connection, begin: str) -> None:
+async def migrate(connection: Any, begin: str) -> None:
     """Run the sections of schema.sql that this database has not seen, a transaction each.
 
     `begin` opens the transaction and takes a lock: of many starting workers, one does the work.
@@ -495,22 +449,27 @@ async def migrate(connection: Connection, begin: str) -> None:
     run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
     await run_script(f"{begin}; {table}; COMMIT")
-    is_applied = "SELECT 1 FROM schema_migrations WHERE version = :version"
     _, *parts = re.split(r"^-- migration (\d+): *(.*)$", SCHEMA.read_text("utf-8"), flags=re.M)
     for version, name, script in zip(map(int, parts[::3]), parts[1::3], parts[2::3]):
-        if await connection.fetch_one(is_applied, {"version": version}):
-            continue
         mark = f"INSERT INTO schema_migrations (version) VALUES ({version})"
+        is_applied = f"SELECT 1 FROM schema_migrations WHERE version = {version}"
         try:
-            await run_script(f"{begin}; {mark}; {script}\n; COMMIT")
+            if not await connection.fetch_one(is_applied):
+                await run_script(f"{begin}; {mark}; {script}\n; COMMIT")
         except DRIVER_ERRORS as exc:
             with contextlib.suppress(*DRIVER_ERRORS):
                 await run_script("ROLLBACK")
-            if not await connection.fetch_one(is_applied, {"version": version}):  # by another
+            if not await connection.fetch_one(is_applied):  # by another worker, meanwhile
                 why = str(exc).partition("\n")[0]
                 raise StartError(f"schema.sql, migration {version}: {name}: {why}") from None
 
 
+@tenacity.retry(  # several workers that switch to WAL at once get "locked" without a wait
+    retry=tenacity.retry_if_exception(lambda exc: "locked" in str(exc)),
+    wait=tenacity.wait_random(0, 0.1),
+    stop=tenacity.stop_after_delay(1),
+    reraise=True,
+)
 async def open_sqlite(url: databases.DatabaseURL, timeout: float, opened: Opened) -> Database:
     async def hold() -> Lane:
         driver = databases.Database(url, timeout=timeout)  # how long SQLite waits for a lock
@@ -521,16 +480,9 @@ async def open_sqlite(url: databases.DatabaseURL, timeout: float, opened: Opened
     if not in_memory:
         os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
     writes = await hold()
-    patience = tenacity.AsyncRetrying(  # several at once get "locked" here, without a wait
-        retry=tenacity.retry_if_exception(lambda exc: "locked" in str(exc)),
-        stop=tenacity.stop_after_delay(timeout),
-        wait=tenacity.wait_random(0, 0.1),
-        reraise=True,
-    )
-    async with writes.connect() as connection:
-        await patience(connection.fetch_one, "PRAGMA journal_mode = WAL")
-        await connection.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
-        await migrate(connection, "BEGIN IMMEDIATE")
+    await writes.connect().fetch_one("PRAGMA journal_mode = WAL")
+    await writes.connect().fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
+    await migrate(writes.connect(), "BEGIN IMMEDIATE")
     return Database(writes if in_memory else await hold(), writes, timeout)
 
 
@@ -556,45 +508,41 @@ async def open_database(settings: Settings, opened: Opened) -> Database:
     is_sqlite = url.scheme == "sqlite"
     try:
         return await (open_sqlite if is_sqlite else open_postgresql)(url, timeout, opened)
-    except DRIVER_ERRORS as exc:
-        place = url.database if is_sqlite else f"{url.hostname}:{url.port or 5432}/{url.database}"
+    except (*DRIVER_ERRORS, ValueError, OverflowError) as exc:
+        place = url.database if is_sqlite else f"{url.hostname}/{url.database}"
         why = str(exc).partition("\n")[0] or "no answer in time"
         raise StartError(f"DATABASE_URL: cannot use {place}: {why}") from None
 
 
-# ======================================================================================
-# 5 External client
+# ==== 5 External client ===============================================================
 # One GET in layers: retries within a deadline > the circuit > one attempt in its time > httpx.
 # The deadline shortens the last attempt rather than cancelling it: a cancelled one would count
-# for nothing and the circuit never open. Its state is per process. For a second API, make a
-# second ExternalClient.
-# ======================================================================================
+# for nothing, and the circuit never open. For a second API, make a second ExternalClient.
 
 MAX_UPSTREAM_BYTES = 2**20
 
 
 class Circuit(pybreaker.CircuitBreakerListener):
-    """pybreaker for coroutines.
+    """pybreaker for coroutines; the state is this process's.
 
     pybreaker counts what happens while it calls a function, which cannot await. So the call is
     awaited first, and its outcome then reported by a function that takes no time. What is left
-    to do by hand: one probe only when half-open, no heed to the outcome of a call from before the
-    last change of state (`epoch`), a cancelled call counts for nothing, monotonic time.
+    to do by hand: half-open, one probe only; no heed to the outcome of a call from before the
+    last change of state (`epoch`); a cancelled call counts for nothing; monotonic time.
     """
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
-        self.breaker = pybreaker.CircuitBreaker(
-            fail_max, listeners=[self], throw_new_error_on_trip=False
-        )
+        options: Any = {"listeners": [self], "throw_new_error_on_trip": False}
+        self.breaker = pybreaker.CircuitBreaker(fail_max, **options)
         self.reset_seconds, self.changed_at = reset_seconds, 0.0
         self.epoch, self.is_probing = 0, False
 
-    def state_change(self, cb: pybreaker.CircuitBreaker, old_state: Any, new_state: Any) -> None:
+    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
         self.epoch, self.changed_at = self.epoch + 1, time.monotonic()
-        log_event("circuit_changed", None, f"circuit {new_state.name}", logging.WARNING)
+        log_event("circuit_changed", None, new_state.name, logging.WARNING)
 
     @property
-    def state(self) -> str:
+    def state(self) -> Any:
         """closed, open or half-open; open stays open until a call probes."""
         return self.breaker.current_state
 
@@ -623,14 +571,11 @@ class Circuit(pybreaker.CircuitBreakerListener):
             if is_probe:
                 self.is_probing = False
 
-    def report(self, epoch: int, failure: Optional[ExternalServiceError]) -> None:
-        def outcome() -> None:
-            if failure:
-                raise failure
-
+    def report(self, epoch: int, failure: Optional[Exception]) -> None:
         if epoch == self.epoch:
-            with contextlib.suppress(ExternalServiceError):
-                self.breaker.call(outcome)
+            with contextlib.suppress(ExternalServiceError), self.breaker.calling():
+                if failure is not None:
+                    raise failure
 
 
 class ExternalClient:
@@ -639,11 +584,9 @@ class ExternalClient:
     def __init__(self, settings: Settings, transport: Optional[httpx.AsyncBaseTransport]) -> None:
         self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
         self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
-        no_limits = httpx.Limits(max_connections=None)  # waiting for one would look like a failure
-        self.http = httpx.AsyncClient(
-            transport=transport, timeout=None, limits=no_limits, trust_env=False
-        )
-        self.http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # none are kept
+        # Time is limited in get(), and waiting for a connection would look like a failure.
+        options: Any = {"timeout": None, "limits": httpx.Limits(max_connections=None)}
+        self.http = httpx.AsyncClient(transport=transport, trust_env=False, **options)
 
     async def fetch(self) -> Any:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
@@ -651,9 +594,8 @@ class ExternalClient:
         ends = time.monotonic() + settings.external_deadline_seconds
         jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full", from 0 seconds
 
-        def is_worth_a_retry(exc: BaseException) -> bool:
-            can_retry = isinstance(exc, ExternalServiceError) and exc.retry
-            return can_retry and circuit.state == pybreaker.STATE_CLOSED
+        def is_worth_it(exc: BaseException) -> bool:
+            return getattr(exc, "retry", False) and circuit.state == pybreaker.STATE_CLOSED
 
         def wait(retry: tenacity.RetryCallState) -> float:
             asked = getattr(retry.outcome and retry.outcome.exception(), "wait", None)
@@ -665,7 +607,7 @@ class ExternalClient:
 
         deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
         stop = tenacity.stop_after_attempt(settings.external_attempts) | deadline
-        retry = tenacity.retry_if_exception(is_worth_a_retry)
+        retry = tenacity.retry_if_exception(is_worth_it)
         # One for each call: a shared one would mix the states of its callers.
         retrying = tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)
         return await retrying(attempt)
@@ -673,6 +615,7 @@ class ExternalClient:
     async def get(self, limit: float) -> Any:
         """One attempt, `limit` seconds from first to last byte. Raises: ExternalServiceError."""
         headers = {"Accept-Encoding": "gzip", "X-Request-ID": request_id.get()}
+        self.http.cookies.clear()  # or one caller's would be sent for another
         try:
             with anyio.fail_after(limit):
                 async with self.http.stream("GET", self.url, headers=headers) as response:
@@ -686,7 +629,7 @@ class ExternalClient:
             raise ExternalServiceError from None
 
     def check_status(self, response: httpx.Response) -> None:
-        """Let successes pass that have a body. Raises: ExternalServiceError."""
+        """Let successes with a body pass. Raises: ExternalServiceError."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
         if status >= 500 or status in (408, 429):
             asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
@@ -696,17 +639,16 @@ class ExternalClient:
 
     async def read_json(self, response: httpx.Response) -> Any:
         """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
-        body = b""
+        body, gzip = b"", zlib.decompressobj(wbits=31)
         async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > MAX_UPSTREAM_BYTES:
                 raise ValueError("too large")
         if response.headers.get("Content-Encoding") == "gzip":
-            gzip = zlib.decompressobj(wbits=31)
             body = gzip.decompress(body, MAX_UPSTREAM_BYTES)
             if not gzip.eof:
                 raise ValueError("too large, or cut off")
-        data = from_json(body, allow_inf_nan=False)
+        data = pydantic_core.from_json(body, allow_inf_nan=False)
         json.dumps(data, allow_nan=False)  # 1e999 is infinite too, and cannot be passed on
         return data
 
@@ -721,26 +663,19 @@ class DemoUpstream:
         return httpx.Response(503 if self.failing else 200, stream=answer)
 
 
-# ======================================================================================
-# 6 Security
+# ==== 6 Security ======================================================================
 # Passwords: bcrypt, in as many threads as there are cores; a bounded number waits, the rest is
-# told to come back. Throttle: counted in the database before anything is hashed. Tokens: JWT
-# with one algorithm; what ends them early is the user's token_version. No reset, no MFA: they
-# need a second channel to the user.
-# ======================================================================================
+# told to come back. Throttle: counted in the database before anything is hashed. Tokens: JWT,
+# one algorithm; the user's token_version ends them early. No reset, no MFA: they need a mailbox.
 
 MAX_PASSWORD_LENGTH = 128  # characters, normalised
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
-def normalise_password(password: str) -> str:
-    return unicodedata.normalize("NFC", password)
-
-
 def digest_password(password: str) -> bytes:
     """64 bytes of the 72 that bcrypt sees, so that every character counts. The key: digests
     leaked elsewhere are no help in guessing."""
-    normalised = normalise_password(password).encode()
+    normalised = unicodedata.normalize("NFC", password).encode()
     return hmac.digest(b"service.py: password", normalised, "sha256").hex().encode()
 
 
@@ -749,79 +684,50 @@ class Passwords:
 
     def __init__(self, rounds: int) -> None:
         cores = os.cpu_count() or 1
-        self.rounds, self.places = rounds, 16 * cores  # the last waits four seconds, at cost 12
-        self.threads = ThreadPoolExecutor(cores, thread_name_prefix="bcrypt")
-        self.decoy = self.hash_now(secrets.token_hex())
+        self.rounds, self.threads = rounds, ThreadPoolExecutor(cores, thread_name_prefix="bcrypt")
+        self.places = asyncio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
+        self.decoy = self.hash_now("")
 
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place among those who may hash. Raises: overloaded, at once, if none is left."""
-        if not self.places:
+    def place(self) -> asyncio.Semaphore:
+        """A place among those who may hash. Raises: overloaded, at once, if none is left."""
+        if self.places.locked():
             raise ServiceError("overloaded", retry_after=2)
-        self.places -= 1
-        try:
-            yield
-        finally:
-            self.places += 1
-
-    async def hash(self, password: str) -> str:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, self.hash_now, password)
-
-    async def verify(self, password: str, stored: Optional[str]) -> bool:
-        """Without a hash, or with a damaged one, take as long and say no."""
-        usable = BCRYPT_HASH.fullmatch(stored or "")
-        known = (usable.group() if usable else self.decoy).encode()
-        check = lambda: bcrypt.checkpw(digest_password(password), known)  # noqa: E731
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, check) and usable is not None
+        return self.places
 
     def hash_now(self, password: str) -> str:
         return bcrypt.hashpw(digest_password(password), bcrypt.gensalt(self.rounds)).decode()
 
-    def is_outdated(self, stored: str) -> bool:
-        """Whether the hash is cheaper than BCRYPT_ROUNDS asks for."""
-        return int(stored[4:6]) < self.rounds
+    def check_now(self, password: str, stored: str) -> bool:
+        return bcrypt.checkpw(digest_password(password), stored.encode())
+
+    async def in_thread(self, function: Callable[..., Any], *arguments: str) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+
+    async def verify(self, password: str, stored: str) -> bool:
+        """Without a hash, or with a damaged one, take as long and say no."""
+        is_usable = BCRYPT_HASH.fullmatch(stored) is not None
+        known = stored if is_usable else self.decoy
+        return await self.in_thread(self.check_now, password, known) and is_usable
 
 
-async def admit_attempt(
-    db: Database, settings: Settings, email: str, address: str, user_id: Optional[str] = None
-) -> None:
-    """Count an attempt as failed, until it is forgiven. Raises: too_many_attempts.
+class Tokens(NamedTuple):
+    """Issues and verifies JWTs (RFC 7519), as RFC 8725 advises."""
 
-    The address comes first, so that one address cannot use up what is left to all ('*').
-    """
-    now = int(time.time())
-    for place, limit in ((address, 1), ("*", 10)):
-        row = await db.count_attempt(email, place, now, now + settings.login_window_seconds)
-        if row["attempts"] == 1:
-            await db.delete_ended_windows(now)
-        if row["attempts"] > limit * settings.login_max_failures:
-            log_event("login_throttled", user_id, level=logging.WARNING)
-            raise AuthError("too_many_attempts", retry_after=row["window_ends_at"] - now)
-
-
-class Tokens:
-    """Issues and verifies JWTs (RFC 7519) as RFC 8725 advises."""
-
-    claims = ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]
-
-    def __init__(self, secret: str, expires_seconds: int) -> None:
-        self.secret, self.expires_seconds = secret, expires_seconds
+    secret: str
+    expires_seconds: int
 
     def issue(self, user: Row) -> str:
         now = int(time.time())
-        times = {"iat": now, "exp": now + self.expires_seconds}
-        names = {"iss": "service", "aud": "service", "sub": user["id"], "jti": uuid.uuid4().hex}
-        claims = {**names, **times, "ver": user["token_version"]}
+        claims = {"iss": "service", "aud": "service", "sub": user["id"], "jti": uuid.uuid4().hex}
+        claims.update(iat=now, exp=now + self.expires_seconds, ver=user["token_version"])
         return jwt.encode(claims, self.secret, algorithm="HS256")
 
-    def verify(self, token: str) -> dict[str, Any]:
+    def verify(self, token: str) -> Row:
         """Return the claims, all checked but `ver`. Raises: expired_token, invalid_token."""
-        options = {"require": self.claims}
-        names = {"issuer": "service", "audience": "service"}
+        rules: Any = {"issuer": "service", "audience": "service", "algorithms": ["HS256"]}
+        rules["options"] = {"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]}
         try:
-            claims = jwt.decode(token, self.secret, ["HS256"], options=options, **names)
+            claims = jwt.decode(token, self.secret, **rules)
             uuid.UUID(claims["sub"])
             return claims
         except jwt.ExpiredSignatureError:
@@ -840,24 +746,53 @@ class Services(NamedTuple):
     passwords: Passwords
     tokens: Tokens
 
+    async def verify_password(self, user: Row, email: str, address: str, password: str) -> bool:
+        """Check a password, counted as a failure until it is right. Raises: too_many_attempts.
 
-# ======================================================================================
-# 7 Middleware
-# Plain ASGI, outermost first. What they learn, they tell the routes through scope["state"].
-# ======================================================================================
+        The address comes first, so that one address cannot use up what is left to all ('*').
+        """
+        now, most, user_id = int(time.time()), self.settings.login_max_failures, user.get("id")
+        await self.db.delete_ended_windows(now)
+        for place, limit in ((address, most), ("*", 10 * most)):
+            ends = now + self.settings.login_window_seconds
+            row = await self.db.count_attempt(email, place, ends)
+            if row["attempts"] > limit:
+                log_event("login_throttled", user_id, level=logging.WARNING)
+                raise ServiceError("too_many_attempts", retry_after=row["window_ends_at"] - now)
+        if not await self.passwords.verify(password, user.get("password_hash", "")):
+            log_event("login_failed", user_id, level=logging.WARNING)
+            return False
+        await self.db.forgive_attempt(email, address)
+        return True
+
+
+# ==== 7 Middleware ====================================================================
+# Plain ASGI, outermost first. What they learn they tell the routes, through scope["state"].
 
 BODY_SECONDS = 5  # for a whole body to arrive
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 AUTH, EXTERNAL = "/api/v1/auth", "/api/v1/external"
+DOCS = ("/docs", "/redoc", "/openapi.json")
 PUBLIC_PATHS = {  # everything else needs a token
     *(f"{AUTH}/register", f"{AUTH}/login", "/health/live", "/health/ready", "/demo/upstream"),
-    *("/docs", "/redoc", "/openapi.json"),
+    *DOCS,
 }
 
 
 def client_address(scope: Scope) -> str:
     """The peer; behind a proxy that uvicorn trusts, what that says."""
     return scope["client"][0] if scope.get("client") else "-"
+
+
+def shorten_start_error(send: Send) -> Send:
+    """Cut Starlette's traceback of a failed start down to the sentence of the StartError."""
+
+    async def send_short(message: Message) -> None:
+        _, is_ours, sentence = message.get("message", "").partition("StartError: ")
+        short = {"message": f"service: not started: {sentence.strip()}"} if is_ours else {}
+        await send({**message, **short})
+
+    return send_short
 
 
 class RequestContext:
@@ -868,11 +803,10 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        began, status = time.perf_counter(), 0
-        sent_id = Headers(scope=scope).get("x-request-id", "")
+            return await self.app(scope, receive, shorten_start_error(send))
+        began, status, state = time.perf_counter(), 0, scope.setdefault("state", {})
+        sent_id = Request(scope).headers.get("x-request-id", "")
         request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
-        state = scope.setdefault("state", {})
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -884,11 +818,10 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except Exception as exc:
-            error = exc if isinstance(exc, ServiceError) else ServiceError("internal_error")
-            if error is not exc:
+            if not isinstance(exc, ServiceError):
                 logger.exception("unhandled error")
             if not status:
-                await problem_response(error)(scope, receive, send_with_id)
+                await (await problem_response(None, exc))(scope, receive, send_with_id)
         finally:
             method, path = scope["method"], scope["raw_path"].decode("ascii", "backslashreplace")
             ms = round((time.perf_counter() - began) * 1000, 2)
@@ -904,31 +837,32 @@ class BodyLimit:
         self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        headers = Request(scope).headers if scope["type"] == "http" else {}
         if "content-length" not in headers and "transfer-encoding" not in headers:
             return await self.app(scope, receive, send)
         if int(headers.get("content-length", 0)) > self.max_bytes:
             raise ServiceError("body_too_large")
-        ends, left, is_complete = time.monotonic() + BODY_SECONDS, self.max_bytes, False
+        ends, left = time.monotonic() + BODY_SECONDS, self.max_bytes
 
         async def limited_receive() -> Message:
-            nonlocal left, is_complete
+            nonlocal ends, left
             try:
-                with anyio.fail_after(None if is_complete else ends - time.monotonic()):
+                with anyio.fail_after(ends - time.monotonic()):
                     message = await receive()
             except TimeoutError:
                 raise ServiceError("request_timeout") from None
             left -= len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
             if left < 0:
                 raise ServiceError("body_too_large")
+            if not message.get("more_body"):
+                ends = math.inf  # what comes now is the end of the connection
             return message
 
         await self.app(scope, limited_receive, send)
 
 
 class TokenCheck:
-    """Closed by default: without a valid token, only PUBLIC_PATHS are served."""
+    """Closed by default: what exists is served to a valid token only, or on PUBLIC_PATHS."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -942,72 +876,38 @@ class TokenCheck:
     async def authenticate(self, scope: Scope) -> None:
         """Find the token's user. Raises: not_authenticated, invalid_token, expired_token."""
         services: Services = scope["app"].state.services
-        sent = Headers(scope=scope).getlist("authorization")
+        sent = Request(scope).headers.getlist("authorization")
         scheme, _, token = "".join(sent[:1]).partition(" ")
         if len(sent) < 2 and scheme.lower() != "bearer":
-            routes = scope["app"].routes
-            if any(route.matches(scope)[0] is Match.FULL for route in routes):
+            if any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes):
                 raise AuthError("not_authenticated")
             return  # there is nothing to protect: 404 or 405
         try:
             claims = services.tokens.verify(token.strip() if len(sent) == 1 else "")
             user = await services.db.find_user_by_id(claims["sub"])
-            if user is None or user["token_version"] != claims["ver"]:
+            if user.get("token_version") != claims["ver"]:
                 raise AuthError("invalid_token")
         except AuthError as exc:
-            log_event("token_refused", None, f"token_refused: {exc.code}", logging.WARNING)
+            log_event("token_refused", None, exc.code, logging.WARNING)
             raise
         scope["state"].update(user=user, user_id=user["id"])
 
 
-# ======================================================================================
-# 8 Routes
-# A route validates by its model, calls the database or the client, and returns a model. To add
-# one: models, a function, problems(...) for what it can raise. It needs a token, unless its
-# path stands in PUBLIC_PATHS.
-# ======================================================================================
-
-BODY = ("request_timeout", "body_too_large", "invalid_request")
-TOKEN = ("not_authenticated", "invalid_token", "expired_token")
+# ==== 8 Routes ========================================================================
+# A route validates by the types of its arguments, calls the database or the client, and returns
+# a model. To add one: the models, the function, answers(...) for the errors it can give. It
+# needs a token, unless its path stands in PUBLIC_PATHS.
 
 
-class FieldError(BaseModel):
-    loc: list[Any]
-    msg: str
-    type: str
+async def get_services(request: Request) -> Any:
+    return request.app.state.services
 
 
-class Problem(BaseModel):
-    """Any error (RFC 9457)."""
-
-    type: str
-    title: str
-    status: int
-    detail: str = Field(description="What to do next, for people.")
-    code: str = Field(description="A stable word, for programs.")
-    request_id: str = Field(description="As in X-Request-ID: it finds the request in the log.")
-    errors: Optional[list[FieldError]] = Field(None, description="With 422: where, and why.")
-
-
-def problems(*codes: str) -> dict[Any, dict[str, Any]]:
-    """The `responses` of a route: its own errors and those that every route can give."""
-    responses: dict[Any, dict[str, Any]] = {}
-    for code in (*codes, "internal_error", "database_unavailable"):
-        status, sentence = ERRORS[code]
-        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
-        default = {"description": sentence, "content": {"application/problem+json": content}}
-        response = responses.setdefault(status, default)["content"]["application/problem+json"]
-        response["examples"][code] = {"value": describe_problem(ServiceError(code))}
-    return responses
-
-
-async def get_services(request: Request) -> Services:
-    return cast(Services, request.app.state.services)
-
-
-async def get_user(request: Request) -> Row:
-    """Whom TokenCheck has found."""
-    return cast(Row, request.state.user)
+async def get_user(
+    request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
+) -> Any:
+    """Whom TokenCheck has found. (HTTPBearer: for the lock in /docs.)"""
+    return request.state.user
 
 
 def normalise_email(value: str) -> str:
@@ -1015,43 +915,32 @@ def normalise_email(value: str) -> str:
     try:
         return validate_email(value, check_deliverability=False).normalized.lower()
     except EmailNotValidError:  # its text repeats parts of the value
-        raise PydanticCustomError("email", "This is not an email address.") from None
+        why = "This is not an email address."
+        raise pydantic_core.PydanticCustomError("email", why) from None  # type: ignore[arg-type]
 
 
 def check_new_password(field: str, password: str, settings: Settings) -> None:
     """Raises: ValidationError."""
     shortest, longest = settings.password_min_length, MAX_PASSWORD_LENGTH
-    if not shortest <= len(normalise_password(password)) <= longest:
+    if not shortest <= len(unicodedata.normalize("NFC", password)) <= longest:
         why = f"A password has {shortest} to {longest} characters."
-        raise ValidationError([{"loc": ["body", field], "msg": why, "type": "password_length"}])
+        raise ValidationError({"loc": ["body", field], "msg": why, "type": "password_length"})
 
 
-CurrentServices = Annotated[Services, Depends(get_services)]
+InServices = Annotated[Services, Depends(get_services)]
 CurrentUser = Annotated[Row, Depends(get_user)]
-EmailField = Field(max_length=320, examples=["ada@example.com"])
-Email = Annotated[str, EmailField, pydantic.AfterValidator(normalise_email)]
-# NFC leaves a quarter of the characters at least. A bound, because it is slow on what is long.
-Password = Annotated[str, Field(max_length=512, examples=["correct horse battery staple"])]
+EmailText = Body(max_length=320, examples=["ada@example.com"])
+Email = Annotated[str, EmailText, pydantic.AfterValidator(normalise_email)]
+# 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
+Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
 
-auth = APIRouter(prefix=AUTH, tags=["auth"])
-external = APIRouter(prefix=EXTERNAL, tags=["external"])
-health = APIRouter(prefix="/health", tags=["health"])
-demo = APIRouter(prefix="/demo", tags=["demo"])
-
-
-class NewAccount(BaseModel):
-    email: Email
-    password: Password
-
-
-class Credentials(BaseModel):
-    email: Email
-    password: Password
+COMMON, TOKEN, BODY = (500, 503), (401,), (408, 413, 422)
+router, demo_router = APIRouter(), APIRouter()
 
 
 class UserResponse(BaseModel):
     id: uuid.UUID
-    email: str = EmailField
+    email: str = Field(examples=["ada@example.com"])
     created_at: datetime
 
 
@@ -1061,84 +950,70 @@ class TokenResponse(BaseModel):
     expires_in: int = Field(description="Seconds.")
 
 
-class PasswordChange(BaseModel):
-    current_password: Password
-    new_password: Password
-
-
-@auth.post("/register", status_code=201, responses=problems("email_taken", "overloaded", *BODY))
-async def register(account: NewAccount, services: CurrentServices) -> UserResponse:
+@router.post(f"{AUTH}/register", status_code=201, responses=answers(409, *BODY))
+async def register(email: Email, password: Password, services: InServices) -> UserResponse:
     """Create an account. The email is kept in lower case; a 201 means that it is on disk."""
-    check_new_password("password", account.password, services.settings)
-    with services.passwords.place():
-        password_hash = await services.passwords.hash(account.password)
-    user = await services.db.insert_user(account.email, password_hash)
-    if user is None:
+    check_new_password("password", password, services.settings)
+    passwords = services.passwords
+    async with passwords.place():
+        password_hash = await passwords.in_thread(passwords.hash_now, password)
+    user = await services.db.insert_user(email, password_hash)
+    if not user:
         raise ServiceError("email_taken")
     log_event("user_registered", user["id"])
     return UserResponse(**user)
 
 
-@auth.post(
-    "/login", responses=problems("invalid_credentials", "too_many_attempts", "overloaded", *BODY)
-)
+@router.post(f"{AUTH}/login", responses=answers(401, 429, *BODY))
 async def log_in(
-    credentials: Credentials, services: CurrentServices, request: Request, response: Response
+    email: Email, password: Password, services: InServices, request: Request, response: Response
 ) -> TokenResponse:
     """Exchange email and password for a token; paste it under "Authorize" to try the rest.
 
     An unknown email and a wrong password get the same answer in the same time. After
-    LOGIN_MAX_FAILURES even the right password has to wait for LOGIN_WINDOW_SECONDS.
+    LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most.
     """
-    db, passwords, address = services.db, services.passwords, client_address(request.scope)
-    with passwords.place():
-        await admit_attempt(db, services.settings, credentials.email, address)
-        user = await db.find_user_by_email(credentials.email)
-        is_right = await passwords.verify(credentials.password, user and user["password_hash"])
-        if not is_right or user is None:
-            log_event("login_failed", user and user["id"], level=logging.WARNING)
+    db, passwords, tokens = services.db, services.passwords, services.tokens
+    async with passwords.place():
+        user = await db.find_user_by_email(email)
+        if not await services.verify_password(user, email, client_address(request.scope), password):
             raise AuthError("invalid_credentials")
-        if passwords.is_outdated(user["password_hash"]):
-            renewed = await passwords.hash(credentials.password)
-            await db.replace_hash(user["id"], user["password_hash"], renewed, end_sessions=False)
-    await db.forgive_attempt(credentials.email, address)
+        if int(user["password_hash"][4:6]) < passwords.rounds:  # BCRYPT_ROUNDS has been raised
+            renewed = await passwords.in_thread(passwords.hash_now, password)
+            await db.replace_hash(user, renewed, end_sessions=False)
     log_event("login_succeeded", user["id"])
     response.headers["Cache-Control"] = "no-store"
-    tokens = services.tokens
     return TokenResponse(access_token=tokens.issue(user), expires_in=tokens.expires_seconds)
 
 
-@auth.get("/me", responses=problems(*TOKEN))
+@router.get(f"{AUTH}/me", responses=answers(*TOKEN))
 async def show_account(user: CurrentUser) -> UserResponse:
     """Whose token is it?"""
     return UserResponse(**user)
 
 
-@auth.put(
-    "/password",
-    status_code=204,
-    responses=problems("wrong_password", "too_many_attempts", "overloaded", *TOKEN, *BODY),
-)
+@router.put(f"{AUTH}/password", status_code=204, responses=answers(401, 403, 429, *BODY))
 async def change_password(
-    change: PasswordChange, user: CurrentUser, services: CurrentServices, request: Request
+    current_password: Password,
+    new_password: Password,
+    user: CurrentUser,
+    services: InServices,
+    request: Request,
 ) -> None:
     """Replace the password and end every session, this one too."""
-    check_new_password("new_password", change.new_password, services.settings)
-    db, passwords, address = services.db, services.passwords, client_address(request.scope)
-    with passwords.place():
-        await admit_attempt(db, services.settings, user["email"], address, user["id"])
-        if not await passwords.verify(change.current_password, user["password_hash"]):
-            log_event("login_failed", user["id"], "wrong current password", logging.WARNING)
+    check_new_password("new_password", new_password, services.settings)
+    passwords, address = services.passwords, client_address(request.scope)
+    async with passwords.place():
+        if not await services.verify_password(user, user["email"], address, current_password):
             raise AuthError("wrong_password")
-        renewed = await passwords.hash(change.new_password)
-    if not await db.replace_hash(user["id"], user["password_hash"], renewed, end_sessions=True):
+        renewed = await passwords.in_thread(passwords.hash_now, new_password)
+    if not await services.db.replace_hash(user, renewed, end_sessions=True):
         raise AuthError("invalid_token")  # another change was quicker, and ended this session
-    await db.forgive_attempt(user["email"], address)
     log_event("password_changed", user["id"])
 
 
-@auth.post("/logout", status_code=204, responses=problems(*TOKEN))
-async def log_out(user: CurrentUser, services: CurrentServices) -> None:
+@router.post(f"{AUTH}/logout", status_code=204, responses=answers(*TOKEN))
+async def log_out(user: CurrentUser, services: InServices) -> None:
     """End every session: all tokens issued to the user until now stop working."""
     await services.db.end_sessions(user["id"])
     log_event("logged_out", user["id"])
@@ -1155,66 +1030,51 @@ class CircuitStatus(BaseModel):
     retry_after_seconds: int = Field(description="Until a call may probe; 0 unless open.")
 
 
-@external.get(
-    "/data",
-    responses=problems("external_service_error", "circuit_open", "external_timeout", *TOKEN),
-)
-async def fetch_external_data(user: CurrentUser, services: CurrentServices) -> ExternalData:
+@router.get(f"{EXTERNAL}/data", responses=answers(401, 502, 504))
+async def fetch_external_data(_: CurrentUser, services: InServices) -> ExternalData:
     """Call the external API: with retries, within a deadline, behind a circuit breaker."""
     return ExternalData(data=await services.external.fetch())
 
 
-@external.get("/status", responses=problems(*TOKEN))
-async def show_circuit(user: CurrentUser, services: CurrentServices) -> CircuitStatus:
+@router.get(f"{EXTERNAL}/status", responses=answers(*TOKEN))
+async def show_circuit(_: CurrentUser, services: InServices) -> CircuitStatus:
     """The circuit of the process that answers. Open stays open until a call probes."""
     circuit = services.external.circuit
-    return CircuitStatus(
-        state=circuit.state,
-        failures=circuit.breaker.fail_counter,
-        fail_max=circuit.breaker.fail_max,
-        retry_after_seconds=math.ceil(circuit.retry_after),
-    )
+    counts = {"failures": circuit.breaker.fail_counter, "fail_max": circuit.breaker.fail_max}
+    left = math.ceil(circuit.retry_after)
+    return CircuitStatus(state=circuit.state, **counts, retry_after_seconds=left)
 
 
-class Liveness(BaseModel):
+class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class Readiness(Liveness):
-    schema_version: int = Field(description="The last migration that has run.")
-
-
-@health.get("/live", responses=problems())
-async def check_liveness() -> Liveness:
+@router.get("/health/live")
+async def check_liveness() -> Health:
     """The process answers."""
-    return Liveness()
+    return Health()
 
 
-@health.get("/ready", responses=problems())
-async def check_readiness(services: CurrentServices) -> Readiness:
-    """The database answers too."""
-    return Readiness(schema_version=await services.db.find_schema_version())
+@router.get("/health/ready")
+async def check_readiness(services: InServices) -> Health:
+    """The database answers, too."""
+    await services.db.ping()
+    return Health()
 
 
-class DemoSwitch(BaseModel):
-    failing: bool
-
-
-@demo.put("/upstream", status_code=204, responses=problems(*BODY))
-async def switch_demo_upstream(switch: DemoSwitch, services: CurrentServices) -> None:
+@demo_router.put("/demo/upstream", status_code=204, responses=answers(*BODY))
+async def switch_upstream(failing: Annotated[bool, Body(embed=True)], services: InServices) -> None:
     """Make the demo upstream fail, or heal it (in development, without EXTERNAL_API_URL).
 
     Failing: fetch external data twice, and the circuit opens. Healed: wait for
     BREAKER_RESET_SECONDS, fetch again, and it closes.
     """
-    services.demo.failing = switch.failing
+    services.demo.failing = failing
 
 
-# ======================================================================================
-# 9 App
-# The lifespan opens what lives as long as the process, in the order of need, and closes it in
-# the reverse order, after uvicorn has answered what was begun (SIGTERM).
-# ======================================================================================
+# ==== 9 App ===========================================================================
+# The lifespan opens what lives as long as the process, in the order of need; it is closed in
+# reverse after uvicorn has answered what was begun (SIGTERM).
 
 
 async def choose_secret(settings: Settings, db: Database) -> str:
@@ -1228,8 +1088,7 @@ async def choose_secret(settings: Settings, db: Database) -> str:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settings, upstream = app.state.settings, DemoUpstream()
-    transport = app.state.transport
+    settings, transport, upstream = app.state.settings, app.state.transport, DemoUpstream()
     if transport is None and settings.external_api_url is None:
         transport = httpx.MockTransport(upstream)
     async with contextlib.AsyncExitStack() as opened:
@@ -1243,41 +1102,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
-class StartMessage:
-    """Cuts Starlette's traceback of a failed start down to the sentence of the StartError."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_sentence(message: Message) -> None:
-            _, is_ours, sentence = message.get("message", "").partition("StartError: ")
-            if is_ours:
-                message = {**message, "message": f"service: not started: {sentence.strip()}"}
-            await send(message)
-
-        await self.app(scope, receive, send_sentence if scope["type"] == "lifespan" else send)
-
-
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's openapi.json, with the error shape, the lengths of passwords, and the locks."""
-    if app.openapi_schema:
-        return app.openapi_schema
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    template = "#/components/schemas/{model}"
-    _, shapes = models_json_schema([(Problem, "serialization")], ref_template=template)
-    models = schema["components"]["schemas"]
-    models.update(shapes["$defs"])
+    """FastAPI's openapi.json, with the error shape and the lengths of new passwords."""
+    models = FastAPI.openapi(app)["components"]["schemas"]
+    models["Problem"] = Problem.model_json_schema()
     lengths = {"minLength": app.state.settings.password_min_length, "maxLength": 128}
-    models["NewAccount"]["properties"]["password"].update(lengths)
-    models["PasswordChange"]["properties"]["new_password"].update(lengths)
-    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    schema["security"] = [{"token": []}]  # closed by default, as TokenCheck is
-    for path in PUBLIC_PATHS & schema["paths"].keys():
-        for operation in schema["paths"][path].values():
-            operation["security"] = []
-    app.openapi_schema = schema
-    return schema
+    models["Body_register"]["properties"]["password"].update(lengths)
+    models["Body_change_password"]["properties"]["new_password"].update(lengths)
+    return app.openapi_schema or {}
 
 
 def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport] = None) -> FastAPI:
@@ -1287,20 +1119,21 @@ def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport]
         title="service",
         version="1.0.0",
         lifespan=lifespan,
+        responses=answers(*COMMON),
         redirect_slashes=False,  # it would redirect to whatever the Host header says
         swagger_ui_oauth2_redirect_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.settings, app.state.transport = settings, transport
-    for router in (auth, external, health, *([demo] if settings.has_demo_switch else [])):
-        app.include_router(router)
+    app.include_router(router)
+    if settings.environment == "development" and settings.external_api_url is None:
+        app.include_router(demo_router)
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
-    app.add_exception_handler(HTTPException, handle_http_exception)
-    app.add_exception_handler(RequestValidationError, handle_validation_error)
+    app.add_exception_handler(HTTPException, problem_response)
+    app.add_exception_handler(RequestValidationError, problem_response)
     app.add_middleware(TokenCheck)  # innermost first
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
-    app.add_middleware(StartMessage)
     return app
 
 
