@@ -125,33 +125,27 @@ logger = logging.getLogger("service")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
-def format_time(epoch_seconds: float) -> str:
-    """RFC 3339 in UTC."""
-    moment = datetime.fromtimestamp(epoch_seconds, timezone.utc)
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-class Formatter(logging.Formatter):
-    """One JSON object a record; or text in which only the service itself begins a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment, rid, message = format_time(record.created), request_id.get(), record.getMessage()
-        trace = self.formatException(record.exc_info) if record.exc_info else ""
-        if self._fmt == "json":
-            entry = {"time": moment, "level": record.levelname, "logger": record.name}
-            entry.update(message=message, request_id=rid, **getattr(record, "fields", {}))
-            return json.dumps({**entry, "traceback": trace} if trace else entry)
-        line = f"{moment} {record.levelname:8} [{rid}] {json.dumps(message)[1:-1]}"
-        return line + ("\n" + trace).replace("\n", "\n    ") if trace else line
-
-
 class StdoutHandler(logging.Handler):
     """Hands lines to a thread, which alone waits for whoever reads stdout."""
 
-    def __init__(self, limit: int = 10_000) -> None:
+    def __init__(self, as_json: bool, limit: int = 10_000) -> None:
         super().__init__()
         self.lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.limit, self.dropped, self.thread = limit, 0, threading.Thread()
+        self.as_json, self.limit, self.dropped = as_json, limit, 0
+        self.thread = threading.Thread()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One JSON object; or text, in which only the service itself can begin a line."""
+        moment, rid = datetime.fromtimestamp(record.created, timezone.utc), request_id.get()
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
+        # Starlette hands over a failed start as a traceback; the sentence at its end is enough.
+        message = record.getMessage().rpartition("StartError: ")[2].strip()
+        if self.as_json:
+            entry = {"time": moment.isoformat(), "level": record.levelname, "logger": record.name}
+            entry.update(message=message, request_id=rid, **getattr(record, "fields", {}))
+            return json.dumps({**entry, "traceback": trace} if trace else entry)
+        line = f"{moment.isoformat()} {record.levelname:8} [{rid}] {json.dumps(message)[1:-1]}"
+        return line + ("\n" + trace).replace("\n", "\n    ") if trace else line
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.lines.qsize() >= self.limit:
@@ -184,8 +178,7 @@ class StdoutHandler(logging.Handler):
 
 def configure_logging(settings: Settings) -> None:
     """Send all through one handler, uvicorn's too; its access log gives way to ours."""
-    handler = StdoutHandler()
-    handler.setFormatter(Formatter(settings.log_format, validate=False))
+    handler = StdoutHandler(settings.log_format == "json")
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
         log = logging.getLogger(name)
@@ -239,6 +232,13 @@ class ServiceError(HTTPException):
             headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
         super().__init__(status, sentence, headers)
 
+    def describe(self) -> dict[str, Any]:
+        """The one shape of an error (RFC 9457)."""
+        status, title = self.status_code, HTTPStatus(self.status_code).phrase
+        body = {"type": "about:blank", "title": title, "status": status, "detail": self.detail}
+        body.update(code=self.code, request_id=request_id.get())
+        return body if self.errors is None else {**body, "errors": self.errors}
+
 
 class AuthError(ServiceError):
     """Who is asking, and may they?"""
@@ -262,51 +262,44 @@ class ExternalServiceError(ServiceError):
         self.__dict__.update(facts)
 
 
-class Problem(BaseModel):
-    """Any error (RFC 9457)."""
+async def problem_response(_: Any, exc: Exception) -> Response:
+    """Answer any exception in the one shape; those of Starlette and FastAPI are translated."""
+    status = getattr(exc, "status_code", 500)
+    if isinstance(exc, ServiceError):
+        error = exc
+    elif isinstance(exc, RequestValidationError):
+        error = ValidationError(*exc.errors())
+    elif status == 400:
+        error = ValidationError({"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"})
+    else:
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        error = ServiceError(codes.get(status, "internal_error"))
+        error.headers = getattr(exc, "headers", None)  # Allow
+    media_type = "application/problem+json"
+    return JSONResponse(error.describe(), error.status_code, error.headers, media_type)
 
-    type: str = "about:blank"
+
+class Problem(BaseModel):
+    """Any error (RFC 9457), for openapi.json."""
+
+    type: str
     title: str
     status: int
     detail: str = Field(description="What to do next, for people.")
     code: str = Field(description="A stable word, for programs.")
     request_id: str = Field(description="As in X-Request-ID: it finds the request in the log.")
-    errors: Optional[list[dict[str, Any]]] = Field(None, description="With 422: loc, msg, type.")
+    errors: list[dict[str, Any]] = Field([], description="With 422 only: loc, msg, type.")
 
 
-def describe_problem(error: ServiceError) -> dict[str, Any]:
-    status, detail, code = error.status_code, error.detail, error.code
-    title, rid, errors = HTTPStatus(status).phrase, request_id.get(), error.errors
-    problem = Problem(
-        title=title, status=status, detail=detail, code=code, request_id=rid, errors=errors
-    )
-    return problem.model_dump(exclude_none=True)
-
-
-async def problem_response(_: Any, exc: Exception) -> Response:
-    """Answer any exception in the one shape; those of Starlette and FastAPI are translated."""
-    status, error = getattr(exc, "status_code", 500), exc
-    if isinstance(exc, RequestValidationError):
-        error = ValidationError(*exc.errors())
-    elif status == 400:
-        error = ValidationError({"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"})
-    elif not isinstance(exc, ServiceError):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        error = ServiceError(codes.get(status, "internal_error"))
-        error.headers = getattr(exc, "headers", None)  # Allow
-    media_type = "application/problem+json"
-    return JSONResponse(describe_problem(error), error.status_code, error.headers, media_type)
-
-
-def answers(*statuses: int) -> dict[Any, dict[str, Any]]:
+def answers(*statuses: int) -> dict[Any, Any]:
     """What openapi.json is to say of a route: every error with one of the statuses."""
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[Any, Any] = {}
     for code, (status, sentence) in ERRORS.items():
         if status in statuses:
             content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
             answer = {"description": sentence, "content": {"application/problem+json": content}}
             kept = found.setdefault(status, answer)["content"]["application/problem+json"]
-            kept["examples"][code] = {"value": describe_problem(ServiceError(code))}
+            kept["examples"][code] = {"value": ServiceError(code).describe()}
     return found
 
 
@@ -317,6 +310,7 @@ def answers(*statuses: int) -> dict[Any, dict[str, Any]]:
 
 Row = dict[str, Any]
 Opened = contextlib.AsyncExitStack
+Lane = tuple[asyncio.Semaphore, Callable[[], Any]]  # how many at once; where to get a connection
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DRIVER_ERRORS = (*POSTGRES_ERRORS, sqlite3.Error, OSError, asyncio.TimeoutError)
@@ -324,13 +318,6 @@ DRIVER_ERRORS = (*POSTGRES_ERRORS, sqlite3.Error, OSError, asyncio.TimeoutError)
 
 class StartError(Exception):
     """The service cannot start; the text says why in one line, without secrets."""
-
-
-class Lane(NamedTuple):
-    """Connections, and how many statements may use them at once."""
-
-    turn: asyncio.Semaphore
-    connect: Callable[[], Any]
 
 
 class Database(NamedTuple):
@@ -346,10 +333,10 @@ class Database(NamedTuple):
 
     async def run(self, lane: Lane, sql: str, **values: Any) -> Row:
         """Return the first row, empty if there is none."""
-        begun: list[Any] = []
+        (turn, connect), begun = lane, []
 
         async def statement() -> Row:
-            async with lane.turn, lane.connect() as connection:
+            async with turn, connect() as connection:
                 begun.append(connection.raw_connection)
                 row = await connection.fetch_one(sql, values)
                 return dict(row._mapping) if row else {}
@@ -380,7 +367,7 @@ class Database(NamedTuple):
             VALUES (:id, :email, :hash, :now)
             ON CONFLICT (email) DO NOTHING
             RETURNING id, email, created_at"""
-        new = {"id": str(uuid.uuid4()), "now": format_time(time.time())}
+        new = {"id": str(uuid.uuid4()), "now": datetime.now(timezone.utc).isoformat()}
         return await self.run(self.writes, sql, **new, email=email, hash=password_hash)
 
     async def find_user_by_email(self, email: str) -> Row:
@@ -474,31 +461,29 @@ async def open_sqlite(url: databases.DatabaseURL, timeout: float, opened: Opened
     async def hold() -> Lane:
         driver = databases.Database(url, timeout=timeout)  # how long SQLite waits for a lock
         connection = await opened.enter_async_context(driver.connection())
-        return Lane(asyncio.Semaphore(1), lambda: connection)
+        return asyncio.Semaphore(1), lambda: connection
 
     in_memory = url.database == ":memory:"
     if not in_memory:
         os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
     writes = await hold()
-    await writes.connect().fetch_one("PRAGMA journal_mode = WAL")
-    await writes.connect().fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
-    await migrate(writes.connect(), "BEGIN IMMEDIATE")
+    connection = writes[1]()
+    await connection.fetch_one("PRAGMA journal_mode = WAL")
+    await connection.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
+    await migrate(connection, "BEGIN IMMEDIATE")
     return Database(writes if in_memory else await hold(), writes, timeout)
 
 
 async def open_postgresql(url: databases.DatabaseURL, timeout: float, opened: Opened) -> Database:
     lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; ends what we gave up
     driver = databases.Database(url, min_size=1, timeout=timeout, server_settings=lock_limit)
-
-    async def disconnect() -> None:
-        with contextlib.suppress(*DRIVER_ERRORS):
-            await asyncio.wait_for(driver.disconnect(), timeout)
-
-    await asyncio.wait_for(driver.connect(), timeout)
-    opened.push_async_callback(disconnect)
+    await driver.connect()
+    opened.push_async_callback(
+        lambda: asyncio.wait({asyncio.ensure_future(driver.disconnect())}, timeout=timeout)
+    )
     async with driver.connection() as connection:
         await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
-    lane = Lane(asyncio.Semaphore(1000), driver.connection)  # the pool has the real limit
+    lane = asyncio.Semaphore(1000), driver.connection  # the pool has the real limit
     return Database(lane, lane, timeout)
 
 
@@ -619,8 +604,7 @@ class ExternalClient:
         try:
             with anyio.fail_after(limit):
                 async with self.http.stream("GET", self.url, headers=headers) as response:
-                    self.check_status(response)
-                    return await self.read_json(response)
+                    return await self.read(response)
         except TimeoutError:
             raise ExternalServiceError("external_timeout", retry=True) from None
         except httpx.TransportError:
@@ -628,17 +612,14 @@ class ExternalClient:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
             raise ExternalServiceError from None
 
-    def check_status(self, response: httpx.Response) -> None:
-        """Let successes with a body pass. Raises: ExternalServiceError."""
+    async def read(self, response: httpx.Response) -> Any:
+        """Judge the status; read 1 MiB at most, inflated too (httpx has no bound there)."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
         if status >= 500 or status in (408, 429):
             asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
             raise ExternalServiceError(retry=True, wait=asked)
         if not 200 <= status < 300 or status == 204:
             raise ExternalServiceError(is_failure=status < 400)  # a 4xx is a sign of life
-
-    async def read_json(self, response: httpx.Response) -> Any:
-        """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
         body, gzip = b"", zlib.decompressobj(wbits=31)
         async for chunk in response.aiter_raw():
             body += chunk
@@ -697,17 +678,17 @@ class Passwords:
     def hash_now(self, password: str) -> str:
         return bcrypt.hashpw(digest_password(password), bcrypt.gensalt(self.rounds)).decode()
 
-    def check_now(self, password: str, stored: str) -> bool:
-        return bcrypt.checkpw(digest_password(password), stored.encode())
-
-    async def in_thread(self, function: Callable[..., Any], *arguments: str) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+    async def hash(self, password: str) -> str:
+        async with self.place():
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.threads, self.hash_now, password)
 
     async def verify(self, password: str, stored: str) -> bool:
-        """Without a hash, or with a damaged one, take as long and say no."""
+        """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
         is_usable = BCRYPT_HASH.fullmatch(stored) is not None
-        known = stored if is_usable else self.decoy
-        return await self.in_thread(self.check_now, password, known) and is_usable
+        digest, known = digest_password(password), (stored if is_usable else self.decoy).encode()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, bcrypt.checkpw, digest, known) and is_usable
 
 
 class Tokens(NamedTuple):
@@ -746,24 +727,28 @@ class Services(NamedTuple):
     passwords: Passwords
     tokens: Tokens
 
-    async def verify_password(self, user: Row, email: str, address: str, password: str) -> bool:
-        """Check a password, counted as a failure until it is right. Raises: too_many_attempts.
+    async def verify_password(self, email: str, address: str, password: str) -> Row:
+        """Return the user, if the password is right; until then the attempt counts as a failure.
 
         The address comes first, so that one address cannot use up what is left to all ('*').
+        Raises: overloaded, too_many_attempts.
         """
-        now, most, user_id = int(time.time()), self.settings.login_max_failures, user.get("id")
-        await self.db.delete_ended_windows(now)
-        for place, limit in ((address, most), ("*", 10 * most)):
-            ends = now + self.settings.login_window_seconds
-            row = await self.db.count_attempt(email, place, ends)
-            if row["attempts"] > limit:
-                log_event("login_throttled", user_id, level=logging.WARNING)
-                raise ServiceError("too_many_attempts", retry_after=row["window_ends_at"] - now)
-        if not await self.passwords.verify(password, user.get("password_hash", "")):
-            log_event("login_failed", user_id, level=logging.WARNING)
-            return False
+        now, most = int(time.time()), self.settings.login_max_failures
+        ends = now + self.settings.login_window_seconds
+        async with self.passwords.place():
+            await self.db.delete_ended_windows(now)
+            for place, limit in ((address, most), ("*", 10 * most)):
+                row = await self.db.count_attempt(email, place, ends)
+                if row["attempts"] > limit:
+                    log_event("login_throttled", None, level=logging.WARNING)
+                    left = row["window_ends_at"] - now
+                    raise ServiceError("too_many_attempts", retry_after=left)
+            user = await self.db.find_user_by_email(email)
+            if not await self.passwords.verify(password, user.get("password_hash", "")):
+                log_event("login_failed", user.get("id"), level=logging.WARNING)
+                return {}
         await self.db.forgive_attempt(email, address)
-        return True
+        return user
 
 
 # ==== 7 Middleware ====================================================================
@@ -779,22 +764,6 @@ PUBLIC_PATHS = {  # everything else needs a token
 }
 
 
-def client_address(scope: Scope) -> str:
-    """The peer; behind a proxy that uvicorn trusts, what that says."""
-    return scope["client"][0] if scope.get("client") else "-"
-
-
-def shorten_start_error(send: Send) -> Send:
-    """Cut Starlette's traceback of a failed start down to the sentence of the StartError."""
-
-    async def send_short(message: Message) -> None:
-        _, is_ours, sentence = message.get("message", "").partition("StartError: ")
-        short = {"message": f"service: not started: {sentence.strip()}"} if is_ours else {}
-        await send({**message, **short})
-
-    return send_short
-
-
 class RequestContext:
     """Gives a request its id, its access record and, whatever happens, an answer."""
 
@@ -803,8 +772,9 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, shorten_start_error(send))
+            return await self.app(scope, receive, send)
         began, status, state = time.perf_counter(), 0, scope.setdefault("state", {})
+        state["client"] = scope["client"][0] if scope.get("client") else "-"
         sent_id = Request(scope).headers.get("x-request-id", "")
         request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
 
@@ -826,7 +796,7 @@ class RequestContext:
             method, path = scope["method"], scope["raw_path"].decode("ascii", "backslashreplace")
             ms = round((time.perf_counter() - began) * 1000, 2)
             fields = {"method": method, "path": path, "status": status, "duration_ms": ms}
-            fields.update(client=client_address(scope), user_id=state.get("user_id"))
+            fields.update(client=state["client"], user_id=state.get("user_id"))
             logger.info("%s %s %s %s ms", method, path, status, ms, extra={"fields": fields})
 
 
@@ -868,9 +838,9 @@ class TokenCheck:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            if scope["path"][len(scope.get("root_path", "")) :] not in PUBLIC_PATHS:
-                await self.authenticate(scope)
+        path = scope.get("path", "")[len(scope.get("root_path", "")) :]
+        if scope["type"] == "http" and path not in PUBLIC_PATHS:
+            await self.authenticate(scope)
         await self.app(scope, receive, send)
 
     async def authenticate(self, scope: Scope) -> None:
@@ -903,10 +873,7 @@ async def get_services(request: Request) -> Any:
     return request.app.state.services
 
 
-async def get_user(
-    request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False))]
-) -> Any:
-    """Whom TokenCheck has found. (HTTPBearer: for the lock in /docs.)"""
+async def get_user(request: Request) -> Any:
     return request.state.user
 
 
@@ -934,8 +901,10 @@ Email = Annotated[str, EmailText, pydantic.AfterValidator(normalise_email)]
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
 
-COMMON, TOKEN, BODY = (500, 503), (401,), (408, 413, 422)
-router, demo_router = APIRouter(), APIRouter()
+public = APIRouter()
+private = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))], responses=answers(401))
+demo = APIRouter()
+BODY = (408, 413, 422)
 
 
 class UserResponse(BaseModel):
@@ -950,21 +919,18 @@ class TokenResponse(BaseModel):
     expires_in: int = Field(description="Seconds.")
 
 
-@router.post(f"{AUTH}/register", status_code=201, responses=answers(409, *BODY))
+@public.post(f"{AUTH}/register", status_code=201, responses=answers(409, *BODY))
 async def register(email: Email, password: Password, services: InServices) -> UserResponse:
     """Create an account. The email is kept in lower case; a 201 means that it is on disk."""
     check_new_password("password", password, services.settings)
-    passwords = services.passwords
-    async with passwords.place():
-        password_hash = await passwords.in_thread(passwords.hash_now, password)
-    user = await services.db.insert_user(email, password_hash)
+    user = await services.db.insert_user(email, await services.passwords.hash(password))
     if not user:
         raise ServiceError("email_taken")
     log_event("user_registered", user["id"])
     return UserResponse(**user)
 
 
-@router.post(f"{AUTH}/login", responses=answers(401, 429, *BODY))
+@public.post(f"{AUTH}/login", responses=answers(401, 429, *BODY))
 async def log_in(
     email: Email, password: Password, services: InServices, request: Request, response: Response
 ) -> TokenResponse:
@@ -973,46 +939,41 @@ async def log_in(
     An unknown email and a wrong password get the same answer in the same time. After
     LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most.
     """
-    db, passwords, tokens = services.db, services.passwords, services.tokens
-    async with passwords.place():
-        user = await db.find_user_by_email(email)
-        if not await services.verify_password(user, email, client_address(request.scope), password):
-            raise AuthError("invalid_credentials")
-        if int(user["password_hash"][4:6]) < passwords.rounds:  # BCRYPT_ROUNDS has been raised
-            renewed = await passwords.in_thread(passwords.hash_now, password)
-            await db.replace_hash(user, renewed, end_sessions=False)
+    user = await services.verify_password(email, request.state.client, password)
+    if not user:
+        raise AuthError("invalid_credentials")
+    if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # they have been raised
+        renewed = await services.passwords.hash(password)
+        await services.db.replace_hash(user, renewed, end_sessions=False)
     log_event("login_succeeded", user["id"])
     response.headers["Cache-Control"] = "no-store"
-    return TokenResponse(access_token=tokens.issue(user), expires_in=tokens.expires_seconds)
+    token, seconds = services.tokens.issue(user), services.tokens.expires_seconds
+    return TokenResponse(access_token=token, expires_in=seconds)
 
 
-@router.get(f"{AUTH}/me", responses=answers(*TOKEN))
+@private.get(f"{AUTH}/me")
 async def show_account(user: CurrentUser) -> UserResponse:
     """Whose token is it?"""
     return UserResponse(**user)
 
 
-@router.put(f"{AUTH}/password", status_code=204, responses=answers(401, 403, 429, *BODY))
+@private.put(f"{AUTH}/password", status_code=204, responses=answers(403, 429, *BODY))
 async def change_password(
-    current_password: Password,
-    new_password: Password,
-    user: CurrentUser,
-    services: InServices,
-    request: Request,
+    current_password: Password, new_password: Password, services: InServices, request: Request
 ) -> None:
     """Replace the password and end every session, this one too."""
     check_new_password("new_password", new_password, services.settings)
-    passwords, address = services.passwords, client_address(request.scope)
-    async with passwords.place():
-        if not await services.verify_password(user, user["email"], address, current_password):
-            raise AuthError("wrong_password")
-        renewed = await passwords.in_thread(passwords.hash_now, new_password)
+    email, address = request.state.user["email"], request.state.client
+    user = await services.verify_password(email, address, current_password)
+    if not user:
+        raise AuthError("wrong_password")
+    renewed = await services.passwords.hash(new_password)
     if not await services.db.replace_hash(user, renewed, end_sessions=True):
         raise AuthError("invalid_token")  # another change was quicker, and ended this session
     log_event("password_changed", user["id"])
 
 
-@router.post(f"{AUTH}/logout", status_code=204, responses=answers(*TOKEN))
+@private.post(f"{AUTH}/logout", status_code=204)
 async def log_out(user: CurrentUser, services: InServices) -> None:
     """End every session: all tokens issued to the user until now stop working."""
     await services.db.end_sessions(user["id"])
@@ -1030,14 +991,14 @@ class CircuitStatus(BaseModel):
     retry_after_seconds: int = Field(description="Until a call may probe; 0 unless open.")
 
 
-@router.get(f"{EXTERNAL}/data", responses=answers(401, 502, 504))
-async def fetch_external_data(_: CurrentUser, services: InServices) -> ExternalData:
+@private.get(f"{EXTERNAL}/data", responses=answers(502, 504))
+async def fetch_external_data(services: InServices) -> ExternalData:
     """Call the external API: with retries, within a deadline, behind a circuit breaker."""
     return ExternalData(data=await services.external.fetch())
 
 
-@router.get(f"{EXTERNAL}/status", responses=answers(*TOKEN))
-async def show_circuit(_: CurrentUser, services: InServices) -> CircuitStatus:
+@private.get(f"{EXTERNAL}/status")
+async def show_circuit(services: InServices) -> CircuitStatus:
     """The circuit of the process that answers. Open stays open until a call probes."""
     circuit = services.external.circuit
     counts = {"failures": circuit.breaker.fail_counter, "fail_max": circuit.breaker.fail_max}
@@ -1049,20 +1010,20 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-@router.get("/health/live")
+@public.get("/health/live")
 async def check_liveness() -> Health:
     """The process answers."""
     return Health()
 
 
-@router.get("/health/ready")
+@public.get("/health/ready")
 async def check_readiness(services: InServices) -> Health:
     """The database answers, too."""
     await services.db.ping()
     return Health()
 
 
-@demo_router.put("/demo/upstream", status_code=204, responses=answers(*BODY))
+@demo.put("/demo/upstream", status_code=204, responses=answers(*BODY))
 async def switch_upstream(failing: Annotated[bool, Body(embed=True)], services: InServices) -> None:
     """Make the demo upstream fail, or heal it (in development, without EXTERNAL_API_URL).
 
@@ -1077,15 +1038,6 @@ async def switch_upstream(failing: Annotated[bool, Body(embed=True)], services: 
 # reverse after uvicorn has answered what was begun (SIGTERM).
 
 
-async def choose_secret(settings: Settings, db: Database) -> str:
-    if settings.jwt_secret is not None:
-        return settings.jwt_secret.get_secret_value()
-    if settings.environment == "test":
-        return secrets.token_hex(32)
-    logger.warning("JWT_SECRET is not set: a random one is used, and kept in the database")
-    return await db.keep_secret("jwt_secret", secrets.token_hex(32))
-
-
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings, transport, upstream = app.state.settings, app.state.transport, DemoUpstream()
@@ -1093,11 +1045,17 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         transport = httpx.MockTransport(upstream)
     async with contextlib.AsyncExitStack() as opened:
         db = await open_database(settings, opened)
-        tokens = Tokens(await choose_secret(settings, db), settings.jwt_expires_seconds)
+        secret = secrets.token_hex(32)
+        if settings.jwt_secret is not None:
+            secret = settings.jwt_secret.get_secret_value()
+        elif settings.environment == "development":
+            logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
+            secret = await db.keep_secret("jwt_secret", secret)
         client = ExternalClient(settings, transport)
         await opened.enter_async_context(client.http)
         passwords = Passwords(settings.bcrypt_rounds)
         opened.callback(passwords.threads.shutdown, wait=False)
+        tokens = Tokens(secret, settings.jwt_expires_seconds)
         app.state.services = Services(settings, db, client, upstream, passwords, tokens)
         yield
 
@@ -1119,15 +1077,15 @@ def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport]
         title="service",
         version="1.0.0",
         lifespan=lifespan,
-        responses=answers(*COMMON),
+        responses=answers(500, 503),
         redirect_slashes=False,  # it would redirect to whatever the Host header says
         swagger_ui_oauth2_redirect_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.settings, app.state.transport = settings, transport
-    app.include_router(router)
-    if settings.environment == "development" and settings.external_api_url is None:
-        app.include_router(demo_router)
+    has_switch = settings.environment == "development" and settings.external_api_url is None
+    for router in (public, private, *([demo] if has_switch else [])):
+        app.include_router(router)
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, problem_response)
     app.add_exception_handler(RequestValidationError, problem_response)
