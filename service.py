@@ -16,7 +16,6 @@ Nothing is used before it is defined. Run it: `uvicorn service:app`.
 """
 
 import asyncio
-import contextlib
 import hmac
 import json
 import logging
@@ -24,7 +23,6 @@ import math
 import os
 import queue
 import re
-import secrets
 import sqlite3
 import threading
 import time
@@ -32,32 +30,31 @@ import unicodedata
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Optional
+from typing import Annotated, Any, Literal, NamedTuple, Optional, cast
 
 import anyio
 import asyncpg
 import bcrypt
-import databases
 import httpx
 import jwt
-import pybreaker
 import pydantic
-import pydantic_core
 import tenacity
+from databases import Database as Driver
+from databases import DatabaseURL
 from email_validator import EmailNotValidError, validate_email
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPBearer
+from pybreaker import CircuitBreaker, CircuitBreakerListener
 from pydantic import BaseModel, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # ==== 1 Settings ======================================================================
@@ -67,7 +64,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-DATABASE_URL = r"sqlite:///[^?#]+|postgresql://[^/?#]+/[^/?#]+(\?(&?(ssl|max_size)=\w[\w-]*)+)?"
+DATABASE_URL = (
+    r"sqlite:///[^:?#][^?#]*|postgresql://[^/?#]+/[^/?#]+(\?(&?(ssl|max_size)=\w[\w-]*)+)?"
+)
 
 
 class Settings(BaseSettings):
@@ -110,10 +109,8 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except pydantic.ValidationError as exc:
-        wrong = [" ".join([*map(str, e["loc"][:1])]).upper() + " " + e["msg"] for e in exc.errors()]
-    except (OSError, UnicodeError) as exc:
-        wrong = [f".env cannot be read ({type(exc).__name__})"]
-    raise SystemExit(f"service: not started: {'; '.join(wrong)}")
+        wrong = [f"{''.join(map(str, e['loc'][:1])).upper()} {e['msg']}" for e in exc.errors()]
+        raise SystemExit(f"service: not started: {'; '.join(wrong)}") from None
 
 
 # ==== 2 Logging =======================================================================
@@ -126,13 +123,13 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 class StdoutHandler(logging.Handler):
-    """Hands lines to a thread, which alone waits for whoever reads stdout."""
+    """Hands its work to a thread, which alone waits for whoever reads stdout."""
 
     def __init__(self, as_json: bool, limit: int = 10_000) -> None:
         super().__init__()
-        self.lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.as_json, self.limit, self.dropped = as_json, limit, 0
-        self.thread = threading.Thread()
+        self.tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self.work, name="log", daemon=True).start()
 
     def format(self, record: logging.LogRecord) -> str:
         """One JSON object; or text, in which only the service itself can begin a line."""
@@ -148,32 +145,29 @@ class StdoutHandler(logging.Handler):
         return line + ("\n" + trace).replace("\n", "\n    ") if trace else line
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.lines.qsize() >= self.limit:
+        if self.tasks.qsize() >= self.limit:
             self.dropped += 1
             return
         if self.dropped:
             note, self.dropped = f"{self.dropped} log records dropped: read faster", 0
             self.emit(logging.LogRecord("service", logging.WARNING, "", 0, note, None, None))
-        self.lines.put((self.format(record) + "\n").encode())
-        if not self.thread.is_alive():  # the first record of the process, also after a fork
-            self.thread = threading.Thread(target=self.write_lines, name="log", daemon=True)
-            self.thread.start()
+        line = (self.format(record) + "\n").encode()
+        self.tasks.put(lambda: self.write(line))
 
     def flush(self) -> None:
         """Wait for the lines so far, one second at most. Called at exit, too."""
-        written = threading.Event()
-        self.lines.put(written)
-        written.wait(1 if self.thread.is_alive() else 0)
+        done = threading.Event()
+        self.tasks.put(done.set)
+        done.wait(1)
 
-    def write_lines(self) -> None:
+    def work(self) -> None:
         while True:
-            line = self.lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
-            with contextlib.suppress(OSError):  # the reader has gone, and with it the line
-                while line:
-                    line = line[os.write(1, line) :]
+            self.tasks.get()()
+
+    def write(self, line: bytes) -> None:
+        with suppress(OSError):  # the reader has gone, and with it the line
+            while line:
+                line = line[os.write(1, line) :]
 
 
 def configure_logging(settings: Settings) -> None:
@@ -186,10 +180,9 @@ def configure_logging(settings: Settings) -> None:
         log.setLevel(settings.log_level)
 
 
-def log_event(event: str, user_id: Optional[str], detail: str = "", level: int = 20) -> None:
+def log_event(event: str, detail: str, user_id: Optional[str], level: int = 20) -> None:
     """A security event: a word for programs, whom it concerns, and nothing secret."""
-    fields = {"event": event, "user_id": user_id}
-    logger.log(level, f"{event} {detail}".strip(), extra={"fields": fields})
+    logger.log(level, detail, extra={"fields": {"event": event, "user_id": user_id}})
 
 
 # ==== 3 Errors ========================================================================
@@ -221,12 +214,14 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 class ServiceError(HTTPException):
     """The base of all. Starlette's, because nothing else gets out of receive() unchanged."""
 
-    errors: Any = None
+    retry_after: float = 1  # seconds
+    errors: Any = None  # of a 422: loc, msg and type, never what was sent
 
-    def __init__(self, code: str, retry_after: float = 1) -> None:
-        self.code, (status, sentence), headers = code, ERRORS[code], {}
+    def __init__(self, code: str, **facts: Any) -> None:
+        self.__dict__.update(facts, code=code)
+        (status, sentence), headers = ERRORS[code], {}
         if status in (429, 503):
-            headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if status == 401:  # RFC 6750, 3: with `error` only if a token was sent
             sent = ', error="invalid_token"' if code.endswith("_token") else ""
             headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
@@ -234,9 +229,9 @@ class ServiceError(HTTPException):
 
     def describe(self) -> dict[str, Any]:
         """The one shape of an error (RFC 9457)."""
-        status, title = self.status_code, HTTPStatus(self.status_code).phrase
-        body = {"type": "about:blank", "title": title, "status": status, "detail": self.detail}
-        body.update(code=self.code, request_id=request_id.get())
+        title = HTTPStatus(self.status_code).phrase
+        body = {"type": "about:blank", "title": title, "status": self.status_code}
+        body.update(detail=self.detail, code=self.__dict__["code"], request_id=request_id.get())
         return body if self.errors is None else {**body, "errors": self.errors}
 
 
@@ -245,11 +240,7 @@ class AuthError(ServiceError):
 
 
 class ValidationError(ServiceError):
-    """`errors` says where and why, never what was sent."""
-
-    def __init__(self, *errors: Any) -> None:
-        super().__init__("invalid_request")
-        self.errors = [{name: error[name] for name in ("loc", "msg", "type")} for error in errors]
+    """What was sent is not what is asked for."""
 
 
 class ExternalServiceError(ServiceError):
@@ -257,20 +248,18 @@ class ExternalServiceError(ServiceError):
 
     retry, wait, is_failure = False, None, True  # wait: seconds, if it asked for them
 
-    def __init__(self, code: str = "external_service_error", **facts: Any) -> None:
-        super().__init__(code, facts.pop("retry_after", 1))
-        self.__dict__.update(facts)
-
 
 async def problem_response(_: Any, exc: Exception) -> Response:
     """Answer any exception in the one shape; those of Starlette and FastAPI are translated."""
     status = getattr(exc, "status_code", 500)
     if isinstance(exc, ServiceError):
         error = exc
-    elif isinstance(exc, RequestValidationError):
-        error = ValidationError(*exc.errors())
-    elif status == 400:
-        error = ValidationError({"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"})
+    elif isinstance(exc, RequestValidationError) or status == 400:
+        wrong = getattr(
+            exc, "errors", lambda: [{"loc": ["body"], "msg": "Not JSON.", "type": "json"}]
+        )
+        errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in wrong()]
+        error = ValidationError("invalid_request", errors=errors)
     else:
         codes = {404: "not_found", 405: "method_not_allowed"}
         error = ServiceError(codes.get(status, "internal_error"))
@@ -279,28 +268,11 @@ async def problem_response(_: Any, exc: Exception) -> Response:
     return JSONResponse(error.describe(), error.status_code, error.headers, media_type)
 
 
-class Problem(BaseModel):
-    """Any error (RFC 9457), for openapi.json."""
-
-    type: str
-    title: str
-    status: int
-    detail: str = Field(description="What to do next, for people.")
-    code: str = Field(description="A stable word, for programs.")
-    request_id: str = Field(description="As in X-Request-ID: it finds the request in the log.")
-    errors: list[dict[str, Any]] = Field([], description="With 422 only: loc, msg, type.")
-
-
 def answers(*statuses: int) -> dict[Any, Any]:
-    """What openapi.json is to say of a route: every error with one of the statuses."""
-    found: dict[Any, Any] = {}
-    for code, (status, sentence) in ERRORS.items():
-        if status in statuses:
-            content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
-            answer = {"description": sentence, "content": {"application/problem+json": content}}
-            kept = found.setdefault(status, answer)["content"]["application/problem+json"]
-            kept["examples"][code] = {"value": ServiceError(code).describe()}
-    return found
+    """What openapi.json is to say of errors with these statuses."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    codes = {s: [code for code, (status, _) in ERRORS.items() if status == s] for s in statuses}
+    return {str(s): {"description": ", ".join(codes[s]), "content": content} for s in statuses}
 
 
 # ==== 4 Database ======================================================================
@@ -309,7 +281,6 @@ def answers(*statuses: int) -> dict[Any, Any]:
 # which go on while a write waits. PostgreSQL: a pool. To change the schema, see schema.sql.
 
 Row = dict[str, Any]
-Opened = contextlib.AsyncExitStack
 Lane = tuple[asyncio.Semaphore, Callable[[], Any]]  # how many at once; where to get a connection
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -320,22 +291,62 @@ class StartError(Exception):
     """The service cannot start; the text says why in one line, without secrets."""
 
 
-class Database(NamedTuple):
+def statement(sql: str) -> Callable[..., Awaitable[Row]]:
+    """A method that runs the SQL; it takes its `:names` and returns its first row, {} if none."""
+
+    async def run(self: "Database", **values: Any) -> Row:
+        return await self.run(self.reads if "SELECT" in sql else self.writes, sql, values)
+
+    return run
+
+
+class Database:
     """Every statement, each within `timeout` seconds, its queue and its locks included.
 
     Whatever goes wrong raises database_unavailable. When a write returns, it is on disk; when it
     raises, its outcome is open.
     """
 
-    reads: Lane
-    writes: Lane
-    timeout: float
+    def __init__(self, reads: Lane, writes: Lane, timeout: float) -> None:
+        self.reads, self.writes, self.timeout = reads, writes, timeout
 
-    async def run(self, lane: Lane, sql: str, **values: Any) -> Row:
-        """Return the first row, empty if there is none."""
+    insert_user = statement("""
+        INSERT INTO users (id, email, password_hash, created_at)
+        VALUES (:id, :email, :password_hash, :created_at)
+        ON CONFLICT (email) DO NOTHING
+        RETURNING id, email, created_at""")
+    find_user_by_email = statement("""
+        SELECT id, password_hash, token_version FROM users WHERE email = :email""")
+    find_user_by_id = statement("""
+        SELECT id, email, token_version, created_at FROM users WHERE id = :id""")
+    # Of two that replace the same hash, one gets {}. :ended is 1 to end all sessions, else 0.
+    replace_hash = statement("""
+        UPDATE users SET password_hash = :new, token_version = token_version + :ended
+        WHERE id = :id AND password_hash = :old
+        RETURNING id""")
+    end_sessions = statement("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
+    # One more in the window that is open, or the first of a new one.
+    count_attempt = statement("""
+        INSERT INTO login_attempts (email, address, attempts, window_ends_at)
+        VALUES (:email, :address, 1, :ends)
+        ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
+        RETURNING attempts, window_ends_at""")
+    # Nothing is left against the address; one less against all ('*').
+    forgive_attempt = statement("""
+        UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
+        WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
+    delete_ended_windows = statement("DELETE FROM login_attempts WHERE window_ends_at <= :now")
+    # Keeps the value that is there: all workers get the same.
+    keep_secret = statement("""
+        INSERT INTO secrets (name, value) VALUES (:name, :value)
+        ON CONFLICT (name) DO UPDATE SET name = excluded.name
+        RETURNING value""")
+    find_migration = statement("SELECT version FROM schema_migrations WHERE version = :version")
+
+    async def run(self, lane: Lane, sql: str, values: Row) -> Row:
         (turn, connect), begun = lane, []
 
-        async def statement() -> Row:
+        async def execute() -> Row:
             async with turn, connect() as connection:
                 begun.append(connection.raw_connection)
                 row = await connection.fetch_one(sql, values)
@@ -344,86 +355,18 @@ class Database(NamedTuple):
         # A task, because waiting for a cancelled statement can take for ever (PostgreSQL frozen).
         # Out of time, it is cancelled if it still queues. If it has begun, SQLite ends it by its
         # own limit, and for PostgreSQL its connection is cut.
-        task = asyncio.ensure_future(statement())
+        task = asyncio.ensure_future(execute())
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({task}, timeout=self.timeout)
-        why = "no answer in time"
         try:
-            if task.done():
-                return task.result()
-            if not begun:
-                task.cancel()
-            elif isinstance(begun[0], asyncpg.Connection):
-                begun[0].terminate()
+            return await asyncio.wait_for(asyncio.shield(task), self.timeout)
         except DRIVER_ERRORS as exc:  # PostgreSQL's texts quote rows, SQLite's do not
             why = str(exc) if isinstance(exc, sqlite3.Error) else type(exc).__name__
+        if not begun:
+            task.cancel()
+        elif not task.done() and isinstance(begun[0], asyncpg.Connection):
+            begun[0].terminate()
         logger.warning("database: %s", why)
         raise ServiceError("database_unavailable")
-
-    async def insert_user(self, email: str, password_hash: str) -> Row:
-        """Return the new user; nothing if the email is taken: the constraint decides."""
-        sql = """
-            INSERT INTO users (id, email, password_hash, created_at)
-            VALUES (:id, :email, :hash, :now)
-            ON CONFLICT (email) DO NOTHING
-            RETURNING id, email, created_at"""
-        new = {"id": str(uuid.uuid4()), "now": datetime.now(timezone.utc).isoformat()}
-        return await self.run(self.writes, sql, **new, email=email, hash=password_hash)
-
-    async def find_user_by_email(self, email: str) -> Row:
-        sql = "SELECT id, password_hash, token_version FROM users WHERE email = :email"
-        return await self.run(self.reads, sql, email=email)
-
-    async def find_user_by_id(self, user_id: str) -> Row:
-        sql = """
-            SELECT id, email, password_hash, token_version, created_at
-            FROM users WHERE id = :id"""
-        return await self.run(self.reads, sql, id=user_id)
-
-    async def replace_hash(self, user: Row, new: str, end_sessions: bool) -> bool:
-        """Return False if the user has another hash by now: somebody else was quicker."""
-        sql = """
-            UPDATE users SET password_hash = :new, token_version = token_version + :ended
-            WHERE id = :id AND password_hash = :old
-            RETURNING id"""
-        known = {"id": user["id"], "old": user["password_hash"]}
-        return bool(await self.run(self.writes, sql, **known, new=new, ended=int(end_sessions)))
-
-    async def end_sessions(self, user_id: str) -> None:
-        """Refuse every token that the user has been given."""
-        sql = "UPDATE users SET token_version = token_version + 1 WHERE id = :id"
-        await self.run(self.writes, sql, id=user_id)
-
-    async def count_attempt(self, email: str, address: str, ends: int) -> Row:
-        """Count one more in the window that is open, or the first of a new one."""
-        sql = """
-            INSERT INTO login_attempts (email, address, attempts, window_ends_at)
-            VALUES (:email, :address, 1, :ends)
-            ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
-            RETURNING attempts, window_ends_at"""
-        return await self.run(self.writes, sql, email=email, address=address, ends=ends)
-
-    async def forgive_attempt(self, email: str, address: str) -> None:
-        """Clear what stands against the address; take one from what stands against all ('*')."""
-        sql = """
-            UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
-            WHERE email = :email AND address IN (:address, '*') AND attempts > 0"""
-        await self.run(self.writes, sql, email=email, address=address)
-
-    async def delete_ended_windows(self, now: int) -> None:
-        sql = "DELETE FROM login_attempts WHERE window_ends_at <= :now"
-        await self.run(self.writes, sql, now=now)
-
-    async def keep_secret(self, name: str, value: str) -> str:
-        """Store the value unless there is one; return the one on which all workers agree."""
-        sql = """
-            INSERT INTO secrets (name, value) VALUES (:name, :value)
-            ON CONFLICT (name) DO UPDATE SET name = excluded.name
-            RETURNING value"""
-        return str((await self.run(self.writes, sql, name=name, value=value))["value"])
-
-    async def ping(self) -> None:
-        await self.run(self.reads, "SELECT version FROM schema_migrations WHERE version = 1")
 
 
 async def migrate(connection: Any, begin: str) -> None:
@@ -444,52 +387,51 @@ async def migrate(connection: Any, begin: str) -> None:
             if not await connection.fetch_one(is_applied):
                 await run_script(f"{begin}; {mark}; {script}\n; COMMIT")
         except DRIVER_ERRORS as exc:
-            with contextlib.suppress(*DRIVER_ERRORS):
+            with suppress(*DRIVER_ERRORS):
                 await run_script("ROLLBACK")
             if not await connection.fetch_one(is_applied):  # by another worker, meanwhile
                 why = str(exc).partition("\n")[0]
                 raise StartError(f"schema.sql, migration {version}: {name}: {why}") from None
 
 
-@tenacity.retry(  # several workers that switch to WAL at once get "locked" without a wait
-    retry=tenacity.retry_if_exception(lambda exc: "locked" in str(exc)),
+locked = tenacity.retry_if_exception(lambda exc: "locked" in str(exc))
+
+
+# Several workers that switch to WAL at once get "locked", without a wait.
+@tenacity.retry(
+    retry=locked,
+    stop=tenacity.stop_after_attempt(9),
     wait=tenacity.wait_random(0, 0.1),
-    stop=tenacity.stop_after_delay(1),
     reraise=True,
 )
-async def open_sqlite(url: databases.DatabaseURL, timeout: float, opened: Opened) -> Database:
-    async def hold() -> Lane:
-        driver = databases.Database(url, timeout=timeout)  # how long SQLite waits for a lock
-        connection = await opened.enter_async_context(driver.connection())
-        return asyncio.Semaphore(1), lambda: connection
+async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
+    async def hold() -> Any:
+        driver = Driver(url, timeout=timeout)  # how long SQLite waits for a lock
+        return await opened.enter_async_context(driver.connection())
 
-    in_memory = url.database == ":memory:"
-    if not in_memory:
-        os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
-    writes = await hold()
-    connection = writes[1]()
-    await connection.fetch_one("PRAGMA journal_mode = WAL")
-    await connection.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
-    await migrate(connection, "BEGIN IMMEDIATE")
-    return Database(writes if in_memory else await hold(), writes, timeout)
+    os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
+    writer, reader = await hold(), await hold()
+    await writer.fetch_one("PRAGMA journal_mode = WAL")
+    await writer.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
+    await migrate(writer, "BEGIN IMMEDIATE")
+    one, other = asyncio.Semaphore(1), asyncio.Semaphore(1)
+    return Database((one, lambda: reader), (other, lambda: writer), timeout)
 
 
-async def open_postgresql(url: databases.DatabaseURL, timeout: float, opened: Opened) -> Database:
+async def open_postgresql(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
     lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; ends what we gave up
-    driver = databases.Database(url, min_size=1, timeout=timeout, server_settings=lock_limit)
+    driver = Driver(url, min_size=1, timeout=timeout, server_settings=lock_limit)
     await driver.connect()
-    opened.push_async_callback(
-        lambda: asyncio.wait({asyncio.ensure_future(driver.disconnect())}, timeout=timeout)
-    )
+    opened.push_async_callback(asyncio.wait_for, driver.disconnect(), timeout)
     async with driver.connection() as connection:
         await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
     lane = asyncio.Semaphore(1000), driver.connection  # the pool has the real limit
     return Database(lane, lane, timeout)
 
 
-async def open_database(settings: Settings, opened: Opened) -> Database:
+async def open_database(settings: Settings, opened: AsyncExitStack) -> Database:
     """Open and migrate; `opened` closes it. Raises: StartError, with the path or the host."""
-    url, timeout = databases.DatabaseURL(settings.database_url), settings.database_timeout_seconds
+    url, timeout = DatabaseURL(settings.database_url), settings.database_timeout_seconds
     is_sqlite = url.scheme == "sqlite"
     try:
         return await (open_sqlite if is_sqlite else open_postgresql)(url, timeout, opened)
@@ -505,9 +447,10 @@ async def open_database(settings: Settings, opened: Opened) -> Database:
 # for nothing, and the circuit never open. For a second API, make a second ExternalClient.
 
 MAX_UPSTREAM_BYTES = 2**20
+DEMO_ANSWER = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 
 
-class Circuit(pybreaker.CircuitBreakerListener):
+class Circuit(CircuitBreakerListener):
     """pybreaker for coroutines; the state is this process's.
 
     pybreaker counts what happens while it calls a function, which cannot await. So the call is
@@ -517,33 +460,27 @@ class Circuit(pybreaker.CircuitBreakerListener):
     """
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
-        options: Any = {"listeners": [self], "throw_new_error_on_trip": False}
-        self.breaker = pybreaker.CircuitBreaker(fail_max, **options)
-        self.reset_seconds, self.changed_at = reset_seconds, 0.0
+        self.breaker = CircuitBreaker(fail_max, listeners=[self], throw_new_error_on_trip=False)
+        self.reset_seconds, self.changed_at, self.state = reset_seconds, 0.0, "closed"
         self.epoch, self.is_probing = 0, False
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        self.epoch, self.changed_at = self.epoch + 1, time.monotonic()
-        log_event("circuit_changed", None, new_state.name, logging.WARNING)
-
-    @property
-    def state(self) -> Any:
-        """closed, open or half-open; open stays open until a call probes."""
-        return self.breaker.current_state
+        self.epoch, self.changed_at, self.state = self.epoch + 1, time.monotonic(), new_state.name
+        log_event("circuit_changed", f"circuit {self.state}", None, logging.WARNING)
 
     @property
     def retry_after(self) -> float:
         """Seconds until a call may probe; 0 unless open."""
         left = self.changed_at + self.reset_seconds - time.monotonic()
-        return max(0.0, left) if self.state == pybreaker.STATE_OPEN else 0.0
+        return max(0.0, left) if self.state == "open" else 0.0
 
     async def call(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Await the attempt, if it is let through. Raises: ExternalServiceError."""
         if self.retry_after > 0 or self.is_probing:
             raise ExternalServiceError("circuit_open", retry_after=self.retry_after)
-        if self.state == pybreaker.STATE_OPEN:
+        if self.state == "open":
             self.breaker.half_open()
-        is_probe = self.is_probing = self.state == pybreaker.STATE_HALF_OPEN
+        is_probe = self.is_probing = self.state == "half-open"
         epoch = self.epoch
         try:
             result = await attempt()
@@ -558,7 +495,7 @@ class Circuit(pybreaker.CircuitBreakerListener):
 
     def report(self, epoch: int, failure: Optional[Exception]) -> None:
         if epoch == self.epoch:
-            with contextlib.suppress(ExternalServiceError), self.breaker.calling():
+            with suppress(ExternalServiceError), self.breaker.calling():
                 if failure is not None:
                     raise failure
 
@@ -577,10 +514,8 @@ class ExternalClient:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
         settings, circuit = self.settings, self.circuit
         ends = time.monotonic() + settings.external_deadline_seconds
+        deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
         jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full", from 0 seconds
-
-        def is_worth_it(exc: BaseException) -> bool:
-            return getattr(exc, "retry", False) and circuit.state == pybreaker.STATE_CLOSED
 
         def wait(retry: tenacity.RetryCallState) -> float:
             asked = getattr(retry.outcome and retry.outcome.exception(), "wait", None)
@@ -590,12 +525,15 @@ class ExternalClient:
             limit = min(settings.external_timeout_seconds, ends - time.monotonic())
             return await circuit.call(lambda: self.get(limit))
 
-        deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
+        def is_worth_it(exc: BaseException) -> bool:
+            return getattr(exc, "retry", False) and circuit.state == "closed"
+
         stop = tenacity.stop_after_attempt(settings.external_attempts) | deadline
         retry = tenacity.retry_if_exception(is_worth_it)
-        # One for each call: a shared one would mix the states of its callers.
-        retrying = tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)
-        return await retrying(attempt)
+        # One for each call, because it has the state of its caller.
+        return await tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)(
+            attempt
+        )
 
     async def get(self, limit: float) -> Any:
         """One attempt, `limit` seconds from first to last byte. Raises: ExternalServiceError."""
@@ -608,18 +546,19 @@ class ExternalClient:
         except TimeoutError:
             raise ExternalServiceError("external_timeout", retry=True) from None
         except httpx.TransportError:
-            raise ExternalServiceError(retry=True) from None
+            raise ExternalServiceError("external_service_error", retry=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
-            raise ExternalServiceError from None
+            raise ExternalServiceError("external_service_error") from None
 
     async def read(self, response: httpx.Response) -> Any:
         """Judge the status; read 1 MiB at most, inflated too (httpx has no bound there)."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
         if status >= 500 or status in (408, 429):
             asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
-            raise ExternalServiceError(retry=True, wait=asked)
+            raise ExternalServiceError("external_service_error", retry=True, wait=asked)
         if not 200 <= status < 300 or status == 204:
-            raise ExternalServiceError(is_failure=status < 400)  # a 4xx is a sign of life
+            is_failure = status < 400  # a 4xx is a sign of life
+            raise ExternalServiceError("external_service_error", is_failure=is_failure)
         body, gzip = b"", zlib.decompressobj(wbits=31)
         async for chunk in response.aiter_raw():
             body += chunk
@@ -629,19 +568,9 @@ class ExternalClient:
             body = gzip.decompress(body, MAX_UPSTREAM_BYTES)
             if not gzip.eof:
                 raise ValueError("too large, or cut off")
-        data = pydantic_core.from_json(body, allow_inf_nan=False)
-        json.dumps(data, allow_nan=False)  # 1e999 is infinite too, and cannot be passed on
+        data = pydantic.TypeAdapter(Any).validate_json(body)
+        json.dumps(data, allow_nan=False)  # NaN and Infinity (1e999) are not JSON
         return data
-
-
-class DemoUpstream:
-    """An upstream in this process, so that nothing else is needed; `failing` makes it fail."""
-
-    failing = False
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        answer = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
-        return httpx.Response(503 if self.failing else 200, stream=answer)
 
 
 # ==== 6 Security ======================================================================
@@ -653,21 +582,20 @@ MAX_PASSWORD_LENGTH = 128  # characters, normalised
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
-def digest_password(password: str) -> bytes:
-    """64 bytes of the 72 that bcrypt sees, so that every character counts. The key: digests
-    leaked elsewhere are no help in guessing."""
-    normalised = unicodedata.normalize("NFC", password).encode()
-    return hmac.digest(b"service.py: password", normalised, "sha256").hex().encode()
-
-
 class Passwords:
     """Hashes and checks passwords without being felt by other requests."""
 
     def __init__(self, rounds: int) -> None:
         cores = os.cpu_count() or 1
-        self.rounds, self.threads = rounds, ThreadPoolExecutor(cores, thread_name_prefix="bcrypt")
+        self.rounds, self.threads = rounds, anyio.CapacityLimiter(cores)
         self.places = asyncio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
         self.decoy = self.hash_now("")
+
+    def digest(self, password: str) -> bytes:
+        """64 bytes of the 72 that bcrypt sees, so that every character counts. The key: digests
+        leaked elsewhere are no help in guessing."""
+        normalised = unicodedata.normalize("NFC", password).encode()
+        return hmac.digest(b"service.py: password", normalised, "sha256").hex().encode()
 
     def place(self) -> asyncio.Semaphore:
         """A place among those who may hash. Raises: overloaded, at once, if none is left."""
@@ -676,45 +604,20 @@ class Passwords:
         return self.places
 
     def hash_now(self, password: str) -> str:
-        return bcrypt.hashpw(digest_password(password), bcrypt.gensalt(self.rounds)).decode()
+        return bcrypt.hashpw(self.digest(password), bcrypt.gensalt(self.rounds)).decode()
 
     async def hash(self, password: str) -> str:
         async with self.place():
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self.threads, self.hash_now, password)
+            return await anyio.to_thread.run_sync(self.hash_now, password, limiter=self.threads)
 
     async def verify(self, password: str, stored: str) -> bool:
         """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
         is_usable = BCRYPT_HASH.fullmatch(stored) is not None
-        digest, known = digest_password(password), (stored if is_usable else self.decoy).encode()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.threads, bcrypt.checkpw, digest, known) and is_usable
-
-
-class Tokens(NamedTuple):
-    """Issues and verifies JWTs (RFC 7519), as RFC 8725 advises."""
-
-    secret: str
-    expires_seconds: int
-
-    def issue(self, user: Row) -> str:
-        now = int(time.time())
-        claims = {"iss": "service", "aud": "service", "sub": user["id"], "jti": uuid.uuid4().hex}
-        claims.update(iat=now, exp=now + self.expires_seconds, ver=user["token_version"])
-        return jwt.encode(claims, self.secret, algorithm="HS256")
-
-    def verify(self, token: str) -> Row:
-        """Return the claims, all checked but `ver`. Raises: expired_token, invalid_token."""
-        rules: Any = {"issuer": "service", "audience": "service", "algorithms": ["HS256"]}
-        rules["options"] = {"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]}
-        try:
-            claims = jwt.decode(token, self.secret, **rules)
-            uuid.UUID(claims["sub"])
-            return claims
-        except jwt.ExpiredSignatureError:
-            raise AuthError("expired_token") from None
-        except Exception:  # a hostile token makes more raise than PyJWT (RecursionError, say)
-            raise AuthError("invalid_token") from None
+        known = (stored if is_usable else self.decoy).encode()
+        check, digest = bcrypt.checkpw, self.digest(password)
+        return (
+            await anyio.to_thread.run_sync(check, digest, known, limiter=self.threads) and is_usable
+        )
 
 
 class Services(NamedTuple):
@@ -723,9 +626,9 @@ class Services(NamedTuple):
     settings: Settings
     db: Database
     external: ExternalClient
-    demo: DemoUpstream
+    demo: dict[str, int]
     passwords: Passwords
-    tokens: Tokens
+    token_secret: str
 
     async def verify_password(self, email: str, address: str, password: str) -> Row:
         """Return the user, if the password is right; until then the attempt counts as a failure.
@@ -736,32 +639,108 @@ class Services(NamedTuple):
         now, most = int(time.time()), self.settings.login_max_failures
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
-            await self.db.delete_ended_windows(now)
+            await self.db.delete_ended_windows(now=now)
             for place, limit in ((address, most), ("*", 10 * most)):
-                row = await self.db.count_attempt(email, place, ends)
+                row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
-                    log_event("login_throttled", None, level=logging.WARNING)
+                    log_event("login_throttled", "too many failures", None, logging.WARNING)
                     left = row["window_ends_at"] - now
                     raise ServiceError("too_many_attempts", retry_after=left)
-            user = await self.db.find_user_by_email(email)
+            user = await self.db.find_user_by_email(email=email)
             if not await self.passwords.verify(password, user.get("password_hash", "")):
-                log_event("login_failed", user.get("id"), level=logging.WARNING)
+                log_event("login_failed", "wrong password", user.get("id"), logging.WARNING)
                 return {}
-        await self.db.forgive_attempt(email, address)
+        await self.db.forgive_attempt(email=email, address=address)
+        return user
+
+    def check_new_password(self, field: str, password: str) -> None:
+        """Raises: ValidationError."""
+        shortest, length = (
+            self.settings.password_min_length,
+            len(unicodedata.normalize("NFC", password)),
+        )
+        if not shortest <= length <= MAX_PASSWORD_LENGTH:
+            why = f"A password has {shortest} to {MAX_PASSWORD_LENGTH} characters."
+            errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
+            raise ValidationError("invalid_request", errors=errors)
+
+    def issue_token(self, user: Row) -> str:
+        """A JWT (RFC 7519), as RFC 8725 advises; `ver` ends it when the user's has moved on."""
+        now, life = int(time.time()), self.settings.jwt_expires_seconds
+        claims = {"iss": "service", "aud": "service", "sub": user["id"], "jti": uuid.uuid4().hex}
+        claims.update(iat=now, exp=now + life, ver=user["token_version"])
+        return jwt.encode(claims, self.token_secret, algorithm="HS256")
+
+    async def find_token_user(self, token: str) -> Row:
+        """Return the user of a valid token. Raises: AuthError."""
+        rules: Any = {"issuer": "service", "audience": "service", "algorithms": ["HS256"]}
+        rules["options"] = {"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]}
+        try:
+            claims = jwt.decode(token, self.token_secret, **rules)
+            user_id = str(uuid.UUID(claims["sub"]))
+        except jwt.ExpiredSignatureError:
+            raise AuthError("expired_token") from None
+        except Exception:  # a hostile token makes more raise than PyJWT (RecursionError, say)
+            raise AuthError("invalid_token") from None
+        user = await self.db.find_user_by_id(id=user_id)
+        if user.get("token_version") != claims["ver"]:
+            raise AuthError("invalid_token")
         return user
 
 
 # ==== 7 Middleware ====================================================================
-# Plain ASGI, outermost first. What they learn they tell the routes, through scope["state"].
+# One, plain ASGI: it gives a request its id, bounds its body, checks its token, and logs it.
+# What it learns it tells the routes, through scope["state"].
 
 BODY_SECONDS = 5  # for a whole body to arrive
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-AUTH, EXTERNAL = "/api/v1/auth", "/api/v1/external"
-DOCS = ("/docs", "/redoc", "/openapi.json")
 PUBLIC_PATHS = {  # everything else needs a token
-    *(f"{AUTH}/register", f"{AUTH}/login", "/health/live", "/health/ready", "/demo/upstream"),
-    *DOCS,
+    *("/api/v1/auth/register", "/api/v1/auth/login", "/health/live", "/health/ready"),
+    *("/docs", "/redoc", "/openapi.json", "/demo/upstream"),
 }
+
+
+def limit_body(headers: Headers, receive: Receive, max_bytes: int) -> Receive:
+    """Bound a body in size and in time. Raises: body_too_large; request_timeout, from receive()."""
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        return receive
+    if int(headers.get("content-length", 0)) > max_bytes:
+        raise ServiceError("body_too_large")
+    ends, left = time.monotonic() + BODY_SECONDS, max_bytes
+
+    async def limited_receive() -> Message:
+        nonlocal ends, left
+        try:
+            with anyio.fail_after(ends - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise ServiceError("request_timeout") from None
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise ServiceError("body_too_large")
+        if not message.get("more_body"):
+            ends = math.inf  # what comes now is the end of the connection
+        return message
+
+    return limited_receive
+
+
+async def check_token(headers: Headers, scope: Scope) -> None:
+    """Closed by default: what is not public needs a valid token. Raises: AuthError."""
+    if scope["path"][len(scope.get("root_path", "")) :] in PUBLIC_PATHS:
+        return
+    sent = headers.getlist("authorization")
+    scheme, _, token = (sent[0] if len(sent) == 1 else "bearer" * len(sent)).partition(" ")
+    if not scheme.lower().startswith("bearer"):
+        if any(route.matches(scope)[0].name == "FULL" for route in scope["app"].routes):
+            raise AuthError("not_authenticated")
+        return  # there is nothing to protect: 404 or 405
+    try:
+        user = await scope["app"].state.services.find_token_user(token.strip())
+    except AuthError as exc:
+        log_event("token_refused", f"token refused: {exc.detail}", None, logging.WARNING)
+        raise
+    scope["state"].update(user=user, user_id=user["id"])
 
 
 class RequestContext:
@@ -773,10 +752,11 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status, state = time.perf_counter(), 0, scope.setdefault("state", {})
-        state["client"] = scope["client"][0] if scope.get("client") else "-"
-        sent_id = Request(scope).headers.get("x-request-id", "")
+        began, status, headers = time.perf_counter(), 0, Request(scope).headers
+        sent_id = headers.get("x-request-id", "")
         request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
+        client = scope["client"][0] if scope.get("client") else "-"
+        state = scope["state"] = {**scope.get("state", {}), "client": client, "user_id": None}
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -786,7 +766,10 @@ class RequestContext:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            max_bytes = scope["app"].state.settings.max_body_bytes
+            limited_receive = limit_body(headers, receive, max_bytes)
+            await check_token(headers, scope)
+            await self.app(scope, limited_receive, send_with_id)
         except Exception as exc:
             if not isinstance(exc, ServiceError):
                 logger.exception("unhandled error")
@@ -796,71 +779,8 @@ class RequestContext:
             method, path = scope["method"], scope["raw_path"].decode("ascii", "backslashreplace")
             ms = round((time.perf_counter() - began) * 1000, 2)
             fields = {"method": method, "path": path, "status": status, "duration_ms": ms}
-            fields.update(client=state["client"], user_id=state.get("user_id"))
+            fields.update(client=client, user_id=state["user_id"])
             logger.info("%s %s %s %s ms", method, path, status, ms, extra={"fields": fields})
-
-
-class BodyLimit:
-    """Bounds a body in size and time; a request without one is passed on as it is."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Request(scope).headers if scope["type"] == "http" else {}
-        if "content-length" not in headers and "transfer-encoding" not in headers:
-            return await self.app(scope, receive, send)
-        if int(headers.get("content-length", 0)) > self.max_bytes:
-            raise ServiceError("body_too_large")
-        ends, left = time.monotonic() + BODY_SECONDS, self.max_bytes
-
-        async def limited_receive() -> Message:
-            nonlocal ends, left
-            try:
-                with anyio.fail_after(ends - time.monotonic()):
-                    message = await receive()
-            except TimeoutError:
-                raise ServiceError("request_timeout") from None
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise ServiceError("body_too_large")
-            if not message.get("more_body"):
-                ends = math.inf  # what comes now is the end of the connection
-            return message
-
-        await self.app(scope, limited_receive, send)
-
-
-class TokenCheck:
-    """Closed by default: what exists is served to a valid token only, or on PUBLIC_PATHS."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")[len(scope.get("root_path", "")) :]
-        if scope["type"] == "http" and path not in PUBLIC_PATHS:
-            await self.authenticate(scope)
-        await self.app(scope, receive, send)
-
-    async def authenticate(self, scope: Scope) -> None:
-        """Find the token's user. Raises: not_authenticated, invalid_token, expired_token."""
-        services: Services = scope["app"].state.services
-        sent = Request(scope).headers.getlist("authorization")
-        scheme, _, token = "".join(sent[:1]).partition(" ")
-        if len(sent) < 2 and scheme.lower() != "bearer":
-            if any(route.matches(scope)[0] is Match.FULL for route in scope["app"].routes):
-                raise AuthError("not_authenticated")
-            return  # there is nothing to protect: 404 or 405
-        try:
-            claims = services.tokens.verify(token.strip() if len(sent) == 1 else "")
-            user = await services.db.find_user_by_id(claims["sub"])
-            if user.get("token_version") != claims["ver"]:
-                raise AuthError("invalid_token")
-        except AuthError as exc:
-            log_event("token_refused", None, exc.code, logging.WARNING)
-            raise
-        scope["state"].update(user=user, user_id=user["id"])
 
 
 # ==== 8 Routes ========================================================================
@@ -873,38 +793,21 @@ async def get_services(request: Request) -> Any:
     return request.app.state.services
 
 
-async def get_user(request: Request) -> Any:
-    return request.state.user
-
-
 def normalise_email(value: str) -> str:
     """Check the syntax, no display names, and lower the case: one address, one spelling."""
     try:
         return validate_email(value, check_deliverability=False).normalized.lower()
     except EmailNotValidError:  # its text repeats parts of the value
-        why = "This is not an email address."
-        raise pydantic_core.PydanticCustomError("email", why) from None  # type: ignore[arg-type]
-
-
-def check_new_password(field: str, password: str, settings: Settings) -> None:
-    """Raises: ValidationError."""
-    shortest, longest = settings.password_min_length, MAX_PASSWORD_LENGTH
-    if not shortest <= len(unicodedata.normalize("NFC", password)) <= longest:
-        why = f"A password has {shortest} to {longest} characters."
-        raise ValidationError({"loc": ["body", field], "msg": why, "type": "password_length"})
+        raise ValueError("this is not an email address") from None
 
 
 InServices = Annotated[Services, Depends(get_services)]
-CurrentUser = Annotated[Row, Depends(get_user)]
 EmailText = Body(max_length=320, examples=["ada@example.com"])
 Email = Annotated[str, EmailText, pydantic.AfterValidator(normalise_email)]
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
 
-public = APIRouter()
-private = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))], responses=answers(401))
-demo = APIRouter()
-BODY = (408, 413, 422)
+router = APIRouter()
 
 
 class UserResponse(BaseModel):
@@ -919,18 +822,20 @@ class TokenResponse(BaseModel):
     expires_in: int = Field(description="Seconds.")
 
 
-@public.post(f"{AUTH}/register", status_code=201, responses=answers(409, *BODY))
+@router.post("/api/v1/auth/register", status_code=201, responses=answers(409))
 async def register(email: Email, password: Password, services: InServices) -> UserResponse:
     """Create an account. The email is kept in lower case; a 201 means that it is on disk."""
-    check_new_password("password", password, services.settings)
-    user = await services.db.insert_user(email, await services.passwords.hash(password))
+    services.check_new_password("password", password)
+    new = {"id": str(uuid.uuid4()), "created_at": datetime.now(timezone.utc).isoformat()}
+    new["password_hash"] = await services.passwords.hash(password)
+    user = await services.db.insert_user(email=email, **new)
     if not user:
         raise ServiceError("email_taken")
-    log_event("user_registered", user["id"])
+    log_event("user_registered", "user registered", user["id"])
     return UserResponse(**user)
 
 
-@public.post(f"{AUTH}/login", responses=answers(401, 429, *BODY))
+@router.post("/api/v1/auth/login", responses=answers(401, 429))
 async def log_in(
     email: Email, password: Password, services: InServices, request: Request, response: Response
 ) -> TokenResponse:
@@ -942,42 +847,44 @@ async def log_in(
     user = await services.verify_password(email, request.state.client, password)
     if not user:
         raise AuthError("invalid_credentials")
-    if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # they have been raised
+    stored, settings = user["password_hash"], services.settings
+    if int(stored[4:6]) < settings.bcrypt_rounds:  # they have been raised
         renewed = await services.passwords.hash(password)
-        await services.db.replace_hash(user, renewed, end_sessions=False)
-    log_event("login_succeeded", user["id"])
+        await services.db.replace_hash(id=user["id"], old=stored, new=renewed, ended=0)
+    log_event("login_succeeded", "logged in", user["id"])
     response.headers["Cache-Control"] = "no-store"
-    token, seconds = services.tokens.issue(user), services.tokens.expires_seconds
-    return TokenResponse(access_token=token, expires_in=seconds)
+    token = services.issue_token(user)
+    return TokenResponse(access_token=token, expires_in=settings.jwt_expires_seconds)
 
 
-@private.get(f"{AUTH}/me")
-async def show_account(user: CurrentUser) -> UserResponse:
+@router.get("/api/v1/auth/me")
+async def show_account(request: Request) -> UserResponse:
     """Whose token is it?"""
-    return UserResponse(**user)
+    return UserResponse(**request.state.user)
 
 
-@private.put(f"{AUTH}/password", status_code=204, responses=answers(403, 429, *BODY))
+@router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 429))
 async def change_password(
     current_password: Password, new_password: Password, services: InServices, request: Request
 ) -> None:
     """Replace the password and end every session, this one too."""
-    check_new_password("new_password", new_password, services.settings)
+    services.check_new_password("new_password", new_password)
     email, address = request.state.user["email"], request.state.client
     user = await services.verify_password(email, address, current_password)
     if not user:
         raise AuthError("wrong_password")
     renewed = await services.passwords.hash(new_password)
-    if not await services.db.replace_hash(user, renewed, end_sessions=True):
+    known = {"id": user["id"], "old": user["password_hash"]}
+    if not await services.db.replace_hash(**known, new=renewed, ended=1):
         raise AuthError("invalid_token")  # another change was quicker, and ended this session
-    log_event("password_changed", user["id"])
+    log_event("password_changed", "password changed", user["id"])
 
 
-@private.post(f"{AUTH}/logout", status_code=204)
-async def log_out(user: CurrentUser, services: InServices) -> None:
+@router.post("/api/v1/auth/logout", status_code=204)
+async def log_out(request: Request, services: InServices) -> None:
     """End every session: all tokens issued to the user until now stop working."""
-    await services.db.end_sessions(user["id"])
-    log_event("logged_out", user["id"])
+    await services.db.end_sessions(id=request.state.user_id)
+    log_event("logged_out", "logged out", request.state.user_id)
 
 
 class ExternalData(BaseModel):
@@ -991,46 +898,43 @@ class CircuitStatus(BaseModel):
     retry_after_seconds: int = Field(description="Until a call may probe; 0 unless open.")
 
 
-@private.get(f"{EXTERNAL}/data", responses=answers(502, 504))
+@router.get("/api/v1/external/data", responses=answers(502, 504))
 async def fetch_external_data(services: InServices) -> ExternalData:
     """Call the external API: with retries, within a deadline, behind a circuit breaker."""
     return ExternalData(data=await services.external.fetch())
 
 
-@private.get(f"{EXTERNAL}/status")
+@router.get("/api/v1/external/status")
 async def show_circuit(services: InServices) -> CircuitStatus:
     """The circuit of the process that answers. Open stays open until a call probes."""
     circuit = services.external.circuit
     counts = {"failures": circuit.breaker.fail_counter, "fail_max": circuit.breaker.fail_max}
     left = math.ceil(circuit.retry_after)
-    return CircuitStatus(state=circuit.state, **counts, retry_after_seconds=left)
+    return CircuitStatus(state=cast(Any, circuit.state), **counts, retry_after_seconds=left)
 
 
-class Health(BaseModel):
-    status: Literal["ok"] = "ok"
-
-
-@public.get("/health/live")
-async def check_liveness() -> Health:
+@router.get("/health/live")
+async def check_liveness() -> dict[str, str]:
     """The process answers."""
-    return Health()
+    return {"status": "ok"}
 
 
-@public.get("/health/ready")
-async def check_readiness(services: InServices) -> Health:
+@router.get("/health/ready")
+async def check_readiness(services: InServices) -> dict[str, str]:
     """The database answers, too."""
-    await services.db.ping()
-    return Health()
+    await services.db.find_migration(version=1)
+    return {"status": "ok"}
 
 
-@demo.put("/demo/upstream", status_code=204, responses=answers(*BODY))
-async def switch_upstream(failing: Annotated[bool, Body(embed=True)], services: InServices) -> None:
+async def switch_demo_upstream(
+    failing: Annotated[bool, Body(embed=True)], services: InServices
+) -> None:
     """Make the demo upstream fail, or heal it (in development, without EXTERNAL_API_URL).
 
     Failing: fetch external data twice, and the circuit opens. Healed: wait for
     BREAKER_RESET_SECONDS, fetch again, and it closes.
     """
-    services.demo.failing = failing
+    services.demo["status"] = 503 if failing else 200
 
 
 # ==== 9 App ===========================================================================
@@ -1038,59 +942,65 @@ async def switch_upstream(failing: Annotated[bool, Body(embed=True)], services: 
 # reverse after uvicorn has answered what was begun (SIGTERM).
 
 
-@contextlib.asynccontextmanager
+@asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settings, transport, upstream = app.state.settings, app.state.transport, DemoUpstream()
+    settings, transport, demo = app.state.settings, app.state.transport, {"status": 200}
     if transport is None and settings.external_api_url is None:
-        transport = httpx.MockTransport(upstream)
-    async with contextlib.AsyncExitStack() as opened:
+        transport = httpx.MockTransport(
+            lambda _: httpx.Response(demo["status"], stream=DEMO_ANSWER)
+        )
+    async with AsyncExitStack() as opened:
         db = await open_database(settings, opened)
-        secret = secrets.token_hex(32)
+        secret = os.urandom(32).hex()
         if settings.jwt_secret is not None:
             secret = settings.jwt_secret.get_secret_value()
         elif settings.environment == "development":
             logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
-            secret = await db.keep_secret("jwt_secret", secret)
+            secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
         client = ExternalClient(settings, transport)
         await opened.enter_async_context(client.http)
         passwords = Passwords(settings.bcrypt_rounds)
-        opened.callback(passwords.threads.shutdown, wait=False)
-        tokens = Tokens(secret, settings.jwt_expires_seconds)
-        app.state.services = Services(settings, db, client, upstream, passwords, tokens)
+        app.state.services = Services(settings, db, client, demo, passwords, secret)
         yield
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's openapi.json, with the error shape and the lengths of new passwords."""
-    models = FastAPI.openapi(app)["components"]["schemas"]
-    models["Problem"] = Problem.model_json_schema()
+    """FastAPI's openapi.json, with what holds for all: tags, locks, errors, password lengths."""
+    schema, text = FastAPI.openapi(app), {"type": "string"}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            operation["tags"] = [path.split("/")[-2]]
+            if "requestBody" in operation:
+                operation["responses"].update(answers(408, 413, 422))
+            if path not in PUBLIC_PATHS:
+                operation["responses"].update(answers(401))
+                operation["security"] = [{"token": []}]
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    models = schema["components"]["schemas"]
+    known: dict[str, Any] = dict.fromkeys(("type", "title", "detail", "code", "request_id"), text)
+    known.update(status={"type": "integer"}, errors={"type": "array", "items": {"type": "object"}})
+    example = ServiceError("not_found").describe()
+    models["Problem"] = {"type": "object", "properties": known, "example": example}
     lengths = {"minLength": app.state.settings.password_min_length, "maxLength": 128}
     models["Body_register"]["properties"]["password"].update(lengths)
     models["Body_change_password"]["properties"]["new_password"].update(lengths)
-    return app.openapi_schema or {}
+    return schema
 
 
 def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport] = None) -> FastAPI:
     """Put everything together; `transport` stands in for the network to the external API."""
     configure_logging(settings)
-    app = FastAPI(
-        title="service",
-        version="1.0.0",
-        lifespan=lifespan,
-        responses=answers(500, 503),
-        redirect_slashes=False,  # it would redirect to whatever the Host header says
-        swagger_ui_oauth2_redirect_url=None,
-        generate_unique_id_function=lambda route: route.name,
-    )
+    options: Any = {"title": "service", "version": "1.0.0", "responses": answers(500, 503)}
+    # Slashes would be redirected to whatever the Host header says.
+    options.update(redirect_slashes=False, generate_unique_id_function=lambda route: route.name)
+    app = FastAPI(**options, lifespan=lifespan)
     app.state.settings, app.state.transport = settings, transport
-    has_switch = settings.environment == "development" and settings.external_api_url is None
-    for router in (public, private, *([demo] if has_switch else [])):
-        app.include_router(router)
+    app.include_router(router)
+    if settings.environment == "development" and settings.external_api_url is None:
+        app.put("/demo/upstream", status_code=204)(switch_demo_upstream)
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, problem_response)
     app.add_exception_handler(RequestValidationError, problem_response)
-    app.add_middleware(TokenCheck)  # innermost first
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     return app
 
