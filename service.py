@@ -2,17 +2,14 @@
 
 The way of a request, and so the order of this file's second half:
 
-    uvicorn > RequestContext > BodyLimit > TokenCheck > route > a statement or two > the answer
-              request id,      413, 408    401 before         > the external client
-              access record,               any route            (retries, circuit breaker)
-              every last error
+    uvicorn > RequestContext > route > a statement or two > the answer
+              request id,            > the external client
+              body limit,              (retries, circuit breaker)
+              token check, access record, every last error
 
-First half, the vocabulary; each section can be read alone:
-    1 Settings, 2 Logging, 3 Errors, 4 Database, 5 External client, 6 Security
-Second half, the request:
-    7 Middleware, 8 Routes (each beside its models), 9 App (start, stop, everything together)
-
-Nothing is used before it is defined. Run it: `uvicorn service:app`.
+First the vocabulary; each section can be read alone: 1 Settings, 2 Logging, 3 Errors, 4 Database,
+5 External client, 6 Security. Then the request: 7 Middleware, 8 Routes (each beside its models),
+9 App (start, stop, everything together). Nothing is used before it is defined.
 """
 
 import asyncio
@@ -64,9 +61,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-DATABASE_URL = (
-    r"sqlite:///[^:?#][^?#]*|postgresql://[^/?#]+/[^/?#]+(\?(&?(ssl|max_size)=\w[\w-]*)+)?"
-)
+OPTIONS = r"(\?(&?(ssl|max_size)=\w[\w-]*)+)?"
+DATABASE_URL = rf"^(sqlite:///[^:?#][^?#]*|postgresql://[^/?#]+/[^/?#]+{OPTIONS})$"
 
 
 class Settings(BaseSettings):
@@ -75,7 +71,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
 
     environment: Literal["development", "production", "test"] = "development"
-    database_url: Annotated[str, Field(pattern=f"^({DATABASE_URL})$")] = "sqlite:///service.db"
+    database_url: Annotated[str, Field(pattern=DATABASE_URL)] = "sqlite:///service.db"
     database_timeout_seconds: Seconds = 5  # a statement, its queue and its locks; then 503
     jwt_secret: Optional[SecretStr] = None  # None: a random one; required in production
     jwt_expires_seconds: Annotated[int, Field(ge=1, le=315_360_000)] = 86400
@@ -214,6 +210,7 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 class ServiceError(HTTPException):
     """The base of all. Starlette's, because nothing else gets out of receive() unchanged."""
 
+    code: str
     retry_after: float = 1  # seconds
     errors: Any = None  # of a 422: loc, msg and type, never what was sent
 
@@ -226,13 +223,6 @@ class ServiceError(HTTPException):
             sent = ', error="invalid_token"' if code.endswith("_token") else ""
             headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
         super().__init__(status, sentence, headers)
-
-    def describe(self) -> dict[str, Any]:
-        """The one shape of an error (RFC 9457)."""
-        title = HTTPStatus(self.status_code).phrase
-        body = {"type": "about:blank", "title": title, "status": self.status_code}
-        body.update(detail=self.detail, code=self.__dict__["code"], request_id=request_id.get())
-        return body if self.errors is None else {**body, "errors": self.errors}
 
 
 class AuthError(ServiceError):
@@ -250,22 +240,24 @@ class ExternalServiceError(ServiceError):
 
 
 async def problem_response(_: Any, exc: Exception) -> Response:
-    """Answer any exception in the one shape; those of Starlette and FastAPI are translated."""
-    status = getattr(exc, "status_code", 500)
-    if isinstance(exc, ServiceError):
-        error = exc
-    elif isinstance(exc, RequestValidationError) or status == 400:
-        wrong = getattr(
-            exc, "errors", lambda: [{"loc": ["body"], "msg": "Not JSON.", "type": "json"}]
-        )
-        errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in wrong()]
+    """Answer any exception in the one shape (RFC 9457), Starlette's and FastAPI's too."""
+    error, status = exc, getattr(exc, "status_code", 500)
+    if isinstance(exc, RequestValidationError):
+        errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in exc.errors()]
         error = ValidationError("invalid_request", errors=errors)
-    else:
+    elif status == 400:
+        errors = [{"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"}]
+        error = ValidationError("invalid_request", errors=errors)
+    elif not isinstance(exc, ServiceError):
         codes = {404: "not_found", 405: "method_not_allowed"}
         error = ServiceError(codes.get(status, "internal_error"))
         error.headers = getattr(exc, "headers", None)  # Allow
-    media_type = "application/problem+json"
-    return JSONResponse(error.describe(), error.status_code, error.headers, media_type)
+    assert isinstance(error, ServiceError)
+    title, status = HTTPStatus(error.status_code).phrase, error.status_code
+    body = {"type": "about:blank", "title": title, "status": status, "detail": error.detail}
+    body.update(code=error.code, request_id=request_id.get())
+    body.update({} if error.errors is None else {"errors": error.errors})
+    return JSONResponse(body, status, error.headers, "application/problem+json")
 
 
 def answers(*statuses: int) -> dict[Any, Any]:
@@ -295,56 +287,8 @@ def statement(sql: str) -> Callable[..., Awaitable[Row]]:
     """A method that runs the SQL; it takes its `:names` and returns its first row, {} if none."""
 
     async def run(self: "Database", **values: Any) -> Row:
-        return await self.run(self.reads if "SELECT" in sql else self.writes, sql, values)
-
-    return run
-
-
-class Database:
-    """Every statement, each within `timeout` seconds, its queue and its locks included.
-
-    Whatever goes wrong raises database_unavailable. When a write returns, it is on disk; when it
-    raises, its outcome is open.
-    """
-
-    def __init__(self, reads: Lane, writes: Lane, timeout: float) -> None:
-        self.reads, self.writes, self.timeout = reads, writes, timeout
-
-    insert_user = statement("""
-        INSERT INTO users (id, email, password_hash, created_at)
-        VALUES (:id, :email, :password_hash, :created_at)
-        ON CONFLICT (email) DO NOTHING
-        RETURNING id, email, created_at""")
-    find_user_by_email = statement("""
-        SELECT id, password_hash, token_version FROM users WHERE email = :email""")
-    find_user_by_id = statement("""
-        SELECT id, email, token_version, created_at FROM users WHERE id = :id""")
-    # Of two that replace the same hash, one gets {}. :ended is 1 to end all sessions, else 0.
-    replace_hash = statement("""
-        UPDATE users SET password_hash = :new, token_version = token_version + :ended
-        WHERE id = :id AND password_hash = :old
-        RETURNING id""")
-    end_sessions = statement("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
-    # One more in the window that is open, or the first of a new one.
-    count_attempt = statement("""
-        INSERT INTO login_attempts (email, address, attempts, window_ends_at)
-        VALUES (:email, :address, 1, :ends)
-        ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
-        RETURNING attempts, window_ends_at""")
-    # Nothing is left against the address; one less against all ('*').
-    forgive_attempt = statement("""
-        UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
-        WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
-    delete_ended_windows = statement("DELETE FROM login_attempts WHERE window_ends_at <= :now")
-    # Keeps the value that is there: all workers get the same.
-    keep_secret = statement("""
-        INSERT INTO secrets (name, value) VALUES (:name, :value)
-        ON CONFLICT (name) DO UPDATE SET name = excluded.name
-        RETURNING value""")
-    find_migration = statement("SELECT version FROM schema_migrations WHERE version = :version")
-
-    async def run(self, lane: Lane, sql: str, values: Row) -> Row:
-        (turn, connect), begun = lane, []
+        turn, connect = self.reads if "SELECT" in sql else self.writes
+        begun: list[Any] = []
 
         async def execute() -> Row:
             async with turn, connect() as connection:
@@ -368,13 +312,50 @@ class Database:
         logger.warning("database: %s", why)
         raise ServiceError("database_unavailable")
 
+    return run
+
+
+class Database:
+    """Every statement, each within `timeout` seconds, its queue and its locks included. Whatever
+    goes wrong raises database_unavailable; then the outcome of a write is open."""
+
+    def __init__(self, reads: Lane, writes: Lane, timeout: float) -> None:
+        self.reads, self.writes, self.timeout = reads, writes, timeout
+
+    insert_user = statement("""
+        INSERT INTO users (id, email, password_hash, created_at)
+        VALUES (:id, :email, :password_hash, :created_at)
+        ON CONFLICT (email) DO NOTHING RETURNING id, email, created_at""")
+    find_user_by_email = statement("""
+        SELECT id, password_hash, token_version FROM users WHERE email = :email""")
+    find_user_by_id = statement("""
+        SELECT id, email, token_version, created_at FROM users WHERE id = :id""")
+    # {} if another has replaced the old hash meanwhile. :ended is 1 to end all sessions, else 0.
+    replace_hash = statement("""
+        UPDATE users SET password_hash = :new, token_version = token_version + :ended
+        WHERE id = :id AND password_hash = :old RETURNING id""")
+    end_sessions = statement("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
+    count_attempt = statement("""
+        INSERT INTO login_attempts (email, address, attempts, window_ends_at)
+        VALUES (:email, :address, 1, :ends)
+        ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
+        RETURNING attempts, window_ends_at""")
+    # After a success nothing stands against the address, and one less against all ('*').
+    forgive_attempt = statement("""
+        UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
+        WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
+    delete_ended_windows = statement("DELETE FROM login_attempts WHERE window_ends_at <= :now")
+    # Returns the value that was there first: all workers get the same.
+    keep_secret = statement("""
+        INSERT INTO secrets (name, value) VALUES (:name, :value)
+        ON CONFLICT (name) DO UPDATE SET name = excluded.name RETURNING value""")
+    find_migration = statement("SELECT version FROM schema_migrations WHERE version = :version")
+
 
 async def migrate(connection: Any, begin: str) -> None:
-    """Run the sections of schema.sql that this database has not seen, a transaction each.
-
-    `begin` opens the transaction and takes a lock: of many starting workers, one does the work.
-    Raises: StartError, naming the section; nothing of it stays.
-    """
+    """Run the sections of schema.sql that this database has not seen, each in one transaction.
+    `begin` opens it and takes a lock, so that of many starting workers one does the work.
+    Raises: StartError, naming the section; nothing of it stays."""
     raw = connection.raw_connection
     run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
@@ -447,17 +428,14 @@ async def open_database(settings: Settings, opened: AsyncExitStack) -> Database:
 # for nothing, and the circuit never open. For a second API, make a second ExternalClient.
 
 MAX_UPSTREAM_BYTES = 2**20
-DEMO_ANSWER = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
+HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 
 
 class Circuit(CircuitBreakerListener):
-    """pybreaker for coroutines; the state is this process's.
-
-    pybreaker counts what happens while it calls a function, which cannot await. So the call is
-    awaited first, and its outcome then reported by a function that takes no time. What is left
-    to do by hand: half-open, one probe only; no heed to the outcome of a call from before the
-    last change of state (`epoch`); a cancelled call counts for nothing; monotonic time.
-    """
+    """pybreaker for coroutines. It counts what happens while it calls a function, which cannot
+    await; so the call is awaited first, and its outcome reported by a function that takes no
+    time. Left to do by hand: half-open, one probe only; no heed to a call from before the last
+    change of state (`epoch`); a cancelled call counts for nothing; monotonic time."""
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
         self.breaker = CircuitBreaker(fail_max, listeners=[self], throw_new_error_on_trip=False)
@@ -531,9 +509,8 @@ class ExternalClient:
         stop = tenacity.stop_after_attempt(settings.external_attempts) | deadline
         retry = tenacity.retry_if_exception(is_worth_it)
         # One for each call, because it has the state of its caller.
-        return await tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)(
-            attempt
-        )
+        retrying = tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)
+        return await retrying(attempt)
 
     async def get(self, limit: float) -> Any:
         """One attempt, `limit` seconds from first to last byte. Raises: ExternalServiceError."""
@@ -557,8 +534,8 @@ class ExternalClient:
             asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
             raise ExternalServiceError("external_service_error", retry=True, wait=asked)
         if not 200 <= status < 300 or status == 204:
-            is_failure = status < 400  # a 4xx is a sign of life
-            raise ExternalServiceError("external_service_error", is_failure=is_failure)
+            # A 4xx is a sign of life.
+            raise ExternalServiceError("external_service_error", is_failure=status < 400)
         body, gzip = b"", zlib.decompressobj(wbits=31)
         async for chunk in response.aiter_raw():
             body += chunk
@@ -582,6 +559,10 @@ MAX_PASSWORD_LENGTH = 128  # characters, normalised
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
+def normalise_password(password: str) -> str:
+    return unicodedata.normalize("NFC", password)
+
+
 class Passwords:
     """Hashes and checks passwords without being felt by other requests."""
 
@@ -594,8 +575,8 @@ class Passwords:
     def digest(self, password: str) -> bytes:
         """64 bytes of the 72 that bcrypt sees, so that every character counts. The key: digests
         leaked elsewhere are no help in guessing."""
-        normalised = unicodedata.normalize("NFC", password).encode()
-        return hmac.digest(b"service.py: password", normalised, "sha256").hex().encode()
+        normal = normalise_password(password).encode()
+        return hmac.digest(b"service.py: password", normal, "sha256").hex().encode()
 
     def place(self) -> asyncio.Semaphore:
         """A place among those who may hash. Raises: overloaded, at once, if none is left."""
@@ -614,10 +595,9 @@ class Passwords:
         """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
         is_usable = BCRYPT_HASH.fullmatch(stored) is not None
         known = (stored if is_usable else self.decoy).encode()
-        check, digest = bcrypt.checkpw, self.digest(password)
-        return (
-            await anyio.to_thread.run_sync(check, digest, known, limiter=self.threads) and is_usable
-        )
+        arguments = bcrypt.checkpw, self.digest(password), known
+        is_equal = await anyio.to_thread.run_sync(*arguments, limiter=self.threads)
+        return is_equal and is_usable
 
 
 class Services(NamedTuple):
@@ -631,11 +611,9 @@ class Services(NamedTuple):
     token_secret: str
 
     async def verify_password(self, email: str, address: str, password: str) -> Row:
-        """Return the user, if the password is right; until then the attempt counts as a failure.
-
-        The address comes first, so that one address cannot use up what is left to all ('*').
-        Raises: overloaded, too_many_attempts.
-        """
+        """Return the user if the password is right; until then the attempt counts as a failure.
+        Raises: overloaded, too_many_attempts (the address is asked first, so that one address
+        cannot use up what is left to all, '*')."""
         now, most = int(time.time()), self.settings.login_max_failures
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
@@ -644,8 +622,7 @@ class Services(NamedTuple):
                 row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
                     log_event("login_throttled", "too many failures", None, logging.WARNING)
-                    left = row["window_ends_at"] - now
-                    raise ServiceError("too_many_attempts", retry_after=left)
+                    raise ServiceError("too_many_attempts", retry_after=row["window_ends_at"] - now)
             user = await self.db.find_user_by_email(email=email)
             if not await self.passwords.verify(password, user.get("password_hash", "")):
                 log_event("login_failed", "wrong password", user.get("id"), logging.WARNING)
@@ -655,12 +632,9 @@ class Services(NamedTuple):
 
     def check_new_password(self, field: str, password: str) -> None:
         """Raises: ValidationError."""
-        shortest, length = (
-            self.settings.password_min_length,
-            len(unicodedata.normalize("NFC", password)),
-        )
-        if not shortest <= length <= MAX_PASSWORD_LENGTH:
-            why = f"A password has {shortest} to {MAX_PASSWORD_LENGTH} characters."
+        least, length = self.settings.password_min_length, len(normalise_password(password))
+        if not least <= length <= MAX_PASSWORD_LENGTH:
+            why = f"A password has {least} to {MAX_PASSWORD_LENGTH} characters."
             errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
             raise ValidationError("invalid_request", errors=errors)
 
@@ -731,16 +705,11 @@ async def check_token(headers: Headers, scope: Scope) -> None:
         return
     sent = headers.getlist("authorization")
     scheme, _, token = (sent[0] if len(sent) == 1 else "bearer" * len(sent)).partition(" ")
-    if not scheme.lower().startswith("bearer"):
-        if any(route.matches(scope)[0].name == "FULL" for route in scope["app"].routes):
-            raise AuthError("not_authenticated")
-        return  # there is nothing to protect: 404 or 405
-    try:
+    if scheme.lower().startswith("bearer"):
         user = await scope["app"].state.services.find_token_user(token.strip())
-    except AuthError as exc:
-        log_event("token_refused", f"token refused: {exc.detail}", None, logging.WARNING)
-        raise
-    scope["state"].update(user=user, user_id=user["id"])
+        scope["state"].update(user=user, user_id=user["id"])
+    elif any(route.matches(scope)[0].name == "FULL" for route in scope["app"].routes):
+        raise AuthError("not_authenticated")  # else there is nothing to protect: 404 or 405
 
 
 class RequestContext:
@@ -766,12 +735,13 @@ class RequestContext:
             await send(message)
 
         try:
-            max_bytes = scope["app"].state.settings.max_body_bytes
-            limited_receive = limit_body(headers, receive, max_bytes)
+            receive = limit_body(headers, receive, scope["app"].state.settings.max_body_bytes)
             await check_token(headers, scope)
-            await self.app(scope, limited_receive, send_with_id)
+            await self.app(scope, receive, send_with_id)
         except Exception as exc:
-            if not isinstance(exc, ServiceError):
+            if isinstance(exc, AuthError) and "authorization" in headers:
+                log_event("token_refused", exc.detail, None, logging.WARNING)
+            elif not isinstance(exc, ServiceError):
                 logger.exception("unhandled error")
             if not status:
                 await (await problem_response(None, exc))(scope, receive, send_with_id)
@@ -807,6 +777,7 @@ Email = Annotated[str, EmailText, pydantic.AfterValidator(normalise_email)]
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
 
+Flag = Annotated[bool, Body(embed=True)]
 router = APIRouter()
 
 
@@ -842,8 +813,7 @@ async def log_in(
     """Exchange email and password for a token; paste it under "Authorize" to try the rest.
 
     An unknown email and a wrong password get the same answer in the same time. After
-    LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most.
-    """
+    LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most."""
     user = await services.verify_password(email, request.state.client, password)
     if not user:
         raise AuthError("invalid_credentials")
@@ -926,14 +896,11 @@ async def check_readiness(services: InServices) -> dict[str, str]:
     return {"status": "ok"}
 
 
-async def switch_demo_upstream(
-    failing: Annotated[bool, Body(embed=True)], services: InServices
-) -> None:
+async def switch_demo_upstream(failing: Flag, services: InServices) -> None:
     """Make the demo upstream fail, or heal it (in development, without EXTERNAL_API_URL).
 
     Failing: fetch external data twice, and the circuit opens. Healed: wait for
-    BREAKER_RESET_SECONDS, fetch again, and it closes.
-    """
+    BREAKER_RESET_SECONDS, fetch again, and it closes."""
     services.demo["status"] = 503 if failing else 200
 
 
@@ -946,20 +913,17 @@ async def switch_demo_upstream(
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings, transport, demo = app.state.settings, app.state.transport, {"status": 200}
     if transport is None and settings.external_api_url is None:
-        transport = httpx.MockTransport(
-            lambda _: httpx.Response(demo["status"], stream=DEMO_ANSWER)
-        )
+        transport = httpx.MockTransport(lambda _: httpx.Response(demo["status"], stream=HELLO))
     async with AsyncExitStack() as opened:
         db = await open_database(settings, opened)
-        secret = os.urandom(32).hex()
-        if settings.jwt_secret is not None:
-            secret = settings.jwt_secret.get_secret_value()
+        given, secret = settings.jwt_secret, os.urandom(32).hex()
+        if given is not None:
+            secret = given.get_secret_value()
         elif settings.environment == "development":
             logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
             secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
-        client = ExternalClient(settings, transport)
+        client, passwords = ExternalClient(settings, transport), Passwords(settings.bcrypt_rounds)
         await opened.enter_async_context(client.http)
-        passwords = Passwords(settings.bcrypt_rounds)
         app.state.services = Services(settings, db, client, demo, passwords, secret)
         yield
 
@@ -977,10 +941,9 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
                 operation["security"] = [{"token": []}]
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     models = schema["components"]["schemas"]
-    known: dict[str, Any] = dict.fromkeys(("type", "title", "detail", "code", "request_id"), text)
-    known.update(status={"type": "integer"}, errors={"type": "array", "items": {"type": "object"}})
-    example = ServiceError("not_found").describe()
-    models["Problem"] = {"type": "object", "properties": known, "example": example}
+    fields: dict[str, Any] = dict.fromkeys(("type", "title", "detail", "code", "request_id"), text)
+    fields.update(status={"type": "integer"}, errors={"type": "array", "items": {"type": "object"}})
+    models["Problem"] = {"type": "object", "properties": fields}
     lengths = {"minLength": app.state.settings.password_min_length, "maxLength": 128}
     models["Body_register"]["properties"]["password"].update(lengths)
     models["Body_change_password"]["properties"]["new_password"].update(lengths)
