@@ -41,8 +41,7 @@ import httpx
 import jwt
 import pydantic
 import tenacity
-from databases import Database as Driver
-from databases import DatabaseURL
+from databases import Database as Driver, DatabaseURL
 from email_validator import EmailNotValidError, validate_email
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -121,9 +120,9 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 class StdoutHandler(logging.Handler):
     """Hands its work to a thread, which alone waits for whoever reads stdout."""
 
-    def __init__(self, as_json: bool, limit: int = 10_000) -> None:
+    def __init__(self, log_format: str, limit: int = 10_000) -> None:
         super().__init__()
-        self.as_json, self.limit, self.dropped = as_json, limit, 0
+        self.log_format, self.limit, self.dropped = log_format, limit, 0
         self.tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self.work, name="log", daemon=True).start()
 
@@ -133,7 +132,9 @@ class StdoutHandler(logging.Handler):
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         # Starlette hands over a failed start as a traceback; the sentence at its end is enough.
         message = record.getMessage().rpartition("StartError: ")[2].strip()
-        if self.as_json:
+        dropped, self.dropped = self.dropped, 0
+        message += f" ({dropped} records before this were dropped)" if dropped else ""
+        if self.log_format == "json":
             entry = {"time": moment.isoformat(), "level": record.levelname, "logger": record.name}
             entry.update(message=message, request_id=rid, **getattr(record, "fields", {}))
             return json.dumps({**entry, "traceback": trace} if trace else entry)
@@ -143,12 +144,9 @@ class StdoutHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.tasks.qsize() >= self.limit:
             self.dropped += 1
-            return
-        if self.dropped:
-            note, self.dropped = f"{self.dropped} log records dropped: read faster", 0
-            self.emit(logging.LogRecord("service", logging.WARNING, "", 0, note, None, None))
-        line = (self.format(record) + "\n").encode()
-        self.tasks.put(lambda: self.write(line))
+        else:
+            line = (self.format(record) + "\n").encode()
+            self.tasks.put(lambda: self.write(line))
 
     def flush(self) -> None:
         """Wait for the lines so far, one second at most. Called at exit, too."""
@@ -158,18 +156,17 @@ class StdoutHandler(logging.Handler):
 
     def work(self) -> None:
         while True:
-            self.tasks.get()()
+            with suppress(OSError):  # the reader has gone, and with it the line
+                self.tasks.get()()
 
     def write(self, line: bytes) -> None:
-        with suppress(OSError):  # the reader has gone, and with it the line
-            while line:
-                line = line[os.write(1, line) :]
+        while line:
+            line = line[os.write(1, line) :]
 
 
 def configure_logging(settings: Settings) -> None:
     """Send all through one handler, uvicorn's too; its access log gives way to ours."""
-    handler = StdoutHandler(settings.log_format == "json")
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[StdoutHandler(settings.log_format)], level="WARNING", force=True)
     for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [], name != "uvicorn.access"
@@ -241,18 +238,17 @@ class ExternalServiceError(ServiceError):
 
 async def problem_response(_: Any, exc: Exception) -> Response:
     """Answer any exception in the one shape (RFC 9457), Starlette's and FastAPI's too."""
-    error, status = exc, getattr(exc, "status_code", 500)
+    error: Any = exc
     if isinstance(exc, RequestValidationError):
         errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in exc.errors()]
         error = ValidationError("invalid_request", errors=errors)
-    elif status == 400:
+    elif getattr(exc, "status_code", 500) == 400:
         errors = [{"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"}]
         error = ValidationError("invalid_request", errors=errors)
     elif not isinstance(exc, ServiceError):
         codes = {404: "not_found", 405: "method_not_allowed"}
-        error = ServiceError(codes.get(status, "internal_error"))
+        error = ServiceError(codes.get(getattr(exc, "status_code", 500), "internal_error"))
         error.headers = getattr(exc, "headers", None)  # Allow
-    assert isinstance(error, ServiceError)
     title, status = HTTPStatus(error.status_code).phrase, error.status_code
     body = {"type": "about:blank", "title": title, "status": status, "detail": error.detail}
     body.update(code=error.code, request_id=request_id.get())
@@ -330,10 +326,11 @@ class Database:
         SELECT id, password_hash, token_version FROM users WHERE email = :email""")
     find_user_by_id = statement("""
         SELECT id, email, token_version, created_at FROM users WHERE id = :id""")
-    # {} if another has replaced the old hash meanwhile. :ended is 1 to end all sessions, else 0.
+    # {} if the user has changed since it was found. :ended is 1 to end all sessions, else 0.
     replace_hash = statement("""
-        UPDATE users SET password_hash = :new, token_version = token_version + :ended
-        WHERE id = :id AND password_hash = :old RETURNING id""")
+        UPDATE users SET password_hash = :new_hash, token_version = token_version + :ended
+        WHERE id = :id AND password_hash = :password_hash AND token_version = :token_version
+        RETURNING id""")
     end_sessions = statement("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
     count_attempt = statement("""
         INSERT INTO login_attempts (email, address, attempts, window_ends_at)
@@ -375,16 +372,6 @@ async def migrate(connection: Any, begin: str) -> None:
                 raise StartError(f"schema.sql, migration {version}: {name}: {why}") from None
 
 
-locked = tenacity.retry_if_exception(lambda exc: "locked" in str(exc))
-
-
-# Several workers that switch to WAL at once get "locked", without a wait.
-@tenacity.retry(
-    retry=locked,
-    stop=tenacity.stop_after_attempt(9),
-    wait=tenacity.wait_random(0, 0.1),
-    reraise=True,
-)
 async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
     async def hold() -> Any:
         driver = Driver(url, timeout=timeout)  # how long SQLite waits for a lock
@@ -392,7 +379,11 @@ async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) 
 
     os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
     writer, reader = await hold(), await hold()
-    await writer.fetch_one("PRAGMA journal_mode = WAL")
+    # Several workers that switch to WAL at once get "locked", without a wait.
+    locked = tenacity.retry_if_exception(lambda exc: "locked" in str(exc))
+    stop = tenacity.stop_after_delay(timeout)
+    retrying = tenacity.AsyncRetrying(retry=locked, stop=stop, reraise=True)
+    await retrying(writer.fetch_one, "PRAGMA journal_mode = WAL")
     await writer.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
     await migrate(writer, "BEGIN IMMEDIATE")
     one, other = asyncio.Semaphore(1), asyncio.Semaphore(1)
@@ -485,8 +476,8 @@ class ExternalClient:
         self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
         self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
         # Time is limited in get(), and waiting for a connection would look like a failure.
-        options: Any = {"timeout": None, "limits": httpx.Limits(max_connections=None)}
-        self.http = httpx.AsyncClient(transport=transport, trust_env=False, **options)
+        limits: Any = {"timeout": None, "limits": httpx.Limits(max_connections=None)}
+        self.http = httpx.AsyncClient(transport=transport, trust_env=False, **limits)
 
     async def fetch(self) -> Any:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
@@ -520,10 +511,10 @@ class ExternalClient:
             with anyio.fail_after(limit):
                 async with self.http.stream("GET", self.url, headers=headers) as response:
                     return await self.read(response)
-        except TimeoutError:
-            raise ExternalServiceError("external_timeout", retry=True) from None
-        except httpx.TransportError:
-            raise ExternalServiceError("external_service_error", retry=True) from None
+        except (TimeoutError, httpx.TransportError) as exc:
+            is_late = isinstance(exc, TimeoutError)
+            code = "external_timeout" if is_late else "external_service_error"
+            raise ExternalServiceError(code, retry=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
             raise ExternalServiceError("external_service_error") from None
 
@@ -559,10 +550,6 @@ MAX_PASSWORD_LENGTH = 128  # characters, normalised
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
-def normalise_password(password: str) -> str:
-    return unicodedata.normalize("NFC", password)
-
-
 class Passwords:
     """Hashes and checks passwords without being felt by other requests."""
 
@@ -575,7 +562,7 @@ class Passwords:
     def digest(self, password: str) -> bytes:
         """64 bytes of the 72 that bcrypt sees, so that every character counts. The key: digests
         leaked elsewhere are no help in guessing."""
-        normal = normalise_password(password).encode()
+        normal = unicodedata.normalize("NFC", password).encode()
         return hmac.digest(b"service.py: password", normal, "sha256").hex().encode()
 
     def place(self) -> asyncio.Semaphore:
@@ -595,8 +582,9 @@ class Passwords:
         """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
         is_usable = BCRYPT_HASH.fullmatch(stored) is not None
         known = (stored if is_usable else self.decoy).encode()
-        arguments = bcrypt.checkpw, self.digest(password), known
-        is_equal = await anyio.to_thread.run_sync(*arguments, limiter=self.threads)
+        is_equal = await anyio.to_thread.run_sync(
+            lambda: bcrypt.checkpw(self.digest(password), known), limiter=self.threads
+        )
         return is_equal and is_usable
 
 
@@ -632,8 +620,8 @@ class Services(NamedTuple):
 
     def check_new_password(self, field: str, password: str) -> None:
         """Raises: ValidationError."""
-        least, length = self.settings.password_min_length, len(normalise_password(password))
-        if not least <= length <= MAX_PASSWORD_LENGTH:
+        least, normal = self.settings.password_min_length, unicodedata.normalize("NFC", password)
+        if not least <= len(normal) <= MAX_PASSWORD_LENGTH:
             why = f"A password has {least} to {MAX_PASSWORD_LENGTH} characters."
             errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
             raise ValidationError("invalid_request", errors=errors)
@@ -772,8 +760,8 @@ def normalise_email(value: str) -> str:
 
 
 InServices = Annotated[Services, Depends(get_services)]
-EmailText = Body(max_length=320, examples=["ada@example.com"])
-Email = Annotated[str, EmailText, pydantic.AfterValidator(normalise_email)]
+Lower = pydantic.AfterValidator(normalise_email)
+Email = Annotated[str, Body(max_length=320, examples=["ada@example.com"]), Lower]
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
 
@@ -817,14 +805,13 @@ async def log_in(
     user = await services.verify_password(email, request.state.client, password)
     if not user:
         raise AuthError("invalid_credentials")
-    stored, settings = user["password_hash"], services.settings
-    if int(stored[4:6]) < settings.bcrypt_rounds:  # they have been raised
+    if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # they have been raised
         renewed = await services.passwords.hash(password)
-        await services.db.replace_hash(id=user["id"], old=stored, new=renewed, ended=0)
+        await services.db.replace_hash(**user, new_hash=renewed, ended=0)
     log_event("login_succeeded", "logged in", user["id"])
     response.headers["Cache-Control"] = "no-store"
-    token = services.issue_token(user)
-    return TokenResponse(access_token=token, expires_in=settings.jwt_expires_seconds)
+    token, seconds = services.issue_token(user), services.settings.jwt_expires_seconds
+    return TokenResponse(access_token=token, expires_in=seconds)
 
 
 @router.get("/api/v1/auth/me")
@@ -844,8 +831,7 @@ async def change_password(
     if not user:
         raise AuthError("wrong_password")
     renewed = await services.passwords.hash(new_password)
-    known = {"id": user["id"], "old": user["password_hash"]}
-    if not await services.db.replace_hash(**known, new=renewed, ended=1):
+    if not await services.db.replace_hash(**user, new_hash=renewed, ended=1):
         raise AuthError("invalid_token")  # another change was quicker, and ended this session
     log_event("password_changed", "password changed", user["id"])
 
@@ -916,10 +902,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         transport = httpx.MockTransport(lambda _: httpx.Response(demo["status"], stream=HELLO))
     async with AsyncExitStack() as opened:
         db = await open_database(settings, opened)
-        given, secret = settings.jwt_secret, os.urandom(32).hex()
-        if given is not None:
-            secret = given.get_secret_value()
-        elif settings.environment == "development":
+        key = settings.jwt_secret
+        secret = key.get_secret_value() if key else os.urandom(32).hex()
+        if key is None and settings.environment == "development":
             logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
             secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
         client, passwords = ExternalClient(settings, transport), Passwords(settings.bcrypt_rounds)
@@ -953,17 +938,16 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
 def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport] = None) -> FastAPI:
     """Put everything together; `transport` stands in for the network to the external API."""
     configure_logging(settings)
-    options: Any = {"title": "service", "version": "1.0.0", "responses": answers(500, 503)}
+    handlers = {HTTPException: problem_response, RequestValidationError: problem_response}
+    options: Any = {"title": "service", "exception_handlers": handlers, "lifespan": lifespan}
     # Slashes would be redirected to whatever the Host header says.
     options.update(redirect_slashes=False, generate_unique_id_function=lambda route: route.name)
-    app = FastAPI(**options, lifespan=lifespan)
+    app = FastAPI(**options, responses=answers(500, 503))
     app.state.settings, app.state.transport = settings, transport
     app.include_router(router)
     if settings.environment == "development" and settings.external_api_url is None:
         app.put("/demo/upstream", status_code=204)(switch_demo_upstream)
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
-    app.add_exception_handler(HTTPException, problem_response)
-    app.add_exception_handler(RequestValidationError, problem_response)
     app.add_middleware(RequestContext)
     return app
 
