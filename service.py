@@ -48,6 +48,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 from pydantic import BaseModel, Field, SecretStr
+from pydantic_core import from_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -68,7 +69,6 @@ class Settings(BaseSettings):
     """Every knob. Raises: pydantic.ValidationError."""
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
-
     environment: Literal["development", "production", "test"] = "development"
     database_url: Annotated[str, Field(pattern=DATABASE_URL)] = "sqlite:///service.db"
     database_timeout_seconds: Seconds = 5  # a statement, its queue and its locks; then 503
@@ -109,9 +109,9 @@ def load_settings() -> Settings:
 
 
 # ==== 2 Logging =======================================================================
-# One line a record, to stdout. The request id travels in a context variable, so every record of
-# a request has it. A reader that stalls never stalls the service: past 10,000 waiting lines new
-# ones are dropped, and counted. Other libraries are heard from WARNING up: some print values.
+# One line a record, to stdout. A reader that stalls never stalls the service: past 10,000 waiting
+# lines new ones are dropped and counted. Other libraries are heard from WARNING up: below that,
+# some print values.
 
 logger = logging.getLogger("service")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
@@ -222,12 +222,10 @@ class ServiceError(HTTPException):
         super().__init__(status, sentence, headers)
 
 
-class AuthError(ServiceError):
-    """Who is asking, and may they?"""
+class AuthError(ServiceError): ...  # who is asking, and may they?
 
 
-class ValidationError(ServiceError):
-    """What was sent is not what is asked for."""
+class ValidationError(ServiceError): ...  # what was sent is not what is asked for
 
 
 class ExternalServiceError(ServiceError):
@@ -264,32 +262,30 @@ def answers(*statuses: int) -> dict[Any, Any]:
 
 
 # ==== 4 Database ======================================================================
-# Raw SQL through `databases`, one method a statement: single statements and constraints keep
-# every promise, so no transaction is left open. SQLite: two held connections, one for reads,
-# which go on while a write waits. PostgreSQL: a pool. To change the schema, see schema.sql.
+# Raw SQL through `databases`, one method a statement. Single statements and constraints keep all
+# promises, so no transaction is left open. SQLite: two held connections, so that reads go on while
+# a write waits. PostgreSQL: a pool. To change the schema, see schema.sql.
 
 Row = dict[str, Any]
-Lane = tuple[asyncio.Semaphore, Callable[[], Any]]  # how many at once; where to get a connection
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DRIVER_ERRORS = (*POSTGRES_ERRORS, sqlite3.Error, OSError, asyncio.TimeoutError)
 
 
-class StartError(Exception):
-    """The service cannot start; the text says why in one line, without secrets."""
+class StartError(Exception): ...  # the text says why the service cannot start, without secrets
 
 
-def statement(sql: str) -> Callable[..., Awaitable[Row]]:
+def sql(text: str) -> Callable[..., Awaitable[Row]]:
     """A method that runs the SQL; it takes its `:names` and returns its first row, {} if none."""
 
     async def run(self: "Database", **values: Any) -> Row:
-        turn, connect = self.reads if "SELECT" in sql else self.writes
         begun: list[Any] = []
+        turn, connect = self.reads if text.lstrip().startswith("SELECT") else self.writes
 
         async def execute() -> Row:
             async with turn, connect() as connection:
                 begun.append(connection.raw_connection)
-                row = await connection.fetch_one(sql, values)
+                row = await connection.fetch_one(text, values)
                 return dict(row._mapping) if row else {}
 
         # A task, because waiting for a cancelled statement can take for ever (PostgreSQL frozen).
@@ -315,38 +311,41 @@ class Database:
     """Every statement, each within `timeout` seconds, its queue and its locks included. Whatever
     goes wrong raises database_unavailable; then the outcome of a write is open."""
 
-    def __init__(self, reads: Lane, writes: Lane, timeout: float) -> None:
-        self.reads, self.writes, self.timeout = reads, writes, timeout
+    def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
+        self.reads, self.writes = (
+            (asyncio.Semaphore(at_once), reader),
+            (asyncio.Semaphore(at_once), writer),
+        )
+        self.timeout = timeout
 
-    insert_user = statement("""
+    insert_user = sql("""
         INSERT INTO users (id, email, password_hash, created_at)
         VALUES (:id, :email, :password_hash, :created_at)
         ON CONFLICT (email) DO NOTHING RETURNING id, email, created_at""")
-    find_user_by_email = statement("""
+    find_user_by_email = sql("""
         SELECT id, password_hash, token_version FROM users WHERE email = :email""")
-    find_user_by_id = statement("""
-        SELECT id, email, token_version, created_at FROM users WHERE id = :id""")
+    find_user_by_id = sql("SELECT id, email, token_version, created_at FROM users WHERE id = :id")
     # {} if the user has changed since it was found. :ended is 1 to end all sessions, else 0.
-    replace_hash = statement("""
+    replace_hash = sql("""
         UPDATE users SET password_hash = :new_hash, token_version = token_version + :ended
         WHERE id = :id AND password_hash = :password_hash AND token_version = :token_version
         RETURNING id""")
-    end_sessions = statement("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
-    count_attempt = statement("""
+    end_sessions = sql("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
+    count_attempt = sql("""
         INSERT INTO login_attempts (email, address, attempts, window_ends_at)
         VALUES (:email, :address, 1, :ends)
         ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
         RETURNING attempts, window_ends_at""")
     # After a success nothing stands against the address, and one less against all ('*').
-    forgive_attempt = statement("""
+    forgive_attempt = sql("""
         UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
         WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
-    delete_ended_windows = statement("DELETE FROM login_attempts WHERE window_ends_at <= :now")
+    delete_ended_windows = sql("DELETE FROM login_attempts WHERE window_ends_at <= :now")
     # Returns the value that was there first: all workers get the same.
-    keep_secret = statement("""
+    keep_secret = sql("""
         INSERT INTO secrets (name, value) VALUES (:name, :value)
         ON CONFLICT (name) DO UPDATE SET name = excluded.name RETURNING value""")
-    find_migration = statement("SELECT version FROM schema_migrations WHERE version = :version")
+    find_migration = sql("SELECT version FROM schema_migrations WHERE version = :version")
 
 
 async def migrate(connection: Any, begin: str) -> None:
@@ -373,12 +372,9 @@ async def migrate(connection: Any, begin: str) -> None:
 
 
 async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
-    async def hold() -> Any:
-        driver = Driver(url, timeout=timeout)  # how long SQLite waits for a lock
-        return await opened.enter_async_context(driver.connection())
-
     os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
-    writer, reader = await hold(), await hold()
+    drivers = Driver(url, timeout=timeout), Driver(url, timeout=timeout)  # seconds, for a lock
+    reader, writer = [await opened.enter_async_context(d.connection()) for d in drivers]
     # Several workers that switch to WAL at once get "locked", without a wait.
     locked = tenacity.retry_if_exception(lambda exc: "locked" in str(exc))
     stop = tenacity.stop_after_delay(timeout)
@@ -386,19 +382,17 @@ async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) 
     await retrying(writer.fetch_one, "PRAGMA journal_mode = WAL")
     await writer.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
     await migrate(writer, "BEGIN IMMEDIATE")
-    one, other = asyncio.Semaphore(1), asyncio.Semaphore(1)
-    return Database((one, lambda: reader), (other, lambda: writer), timeout)
+    return Database(lambda: reader, lambda: writer, 1, timeout)
 
 
 async def open_postgresql(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
     lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; ends what we gave up
-    driver = Driver(url, min_size=1, timeout=timeout, server_settings=lock_limit)
-    await driver.connect()
-    opened.push_async_callback(asyncio.wait_for, driver.disconnect(), timeout)
-    async with driver.connection() as connection:
+    pool = Driver(url, min_size=1, timeout=timeout, server_settings=lock_limit)
+    await pool.connect()
+    opened.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
+    async with pool.connection() as connection:
         await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
-    lane = asyncio.Semaphore(1000), driver.connection  # the pool has the real limit
-    return Database(lane, lane, timeout)
+    return Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
 
 
 async def open_database(settings: Settings, opened: AsyncExitStack) -> Database:
@@ -450,23 +444,21 @@ class Circuit(CircuitBreakerListener):
         if self.state == "open":
             self.breaker.half_open()
         is_probe = self.is_probing = self.state == "half-open"
-        epoch = self.epoch
+        epoch, failure = self.epoch, None
         try:
-            result = await attempt()
-            self.report(epoch, None)
-            return result
+            return await attempt()
         except ExternalServiceError as exc:
-            self.report(epoch, exc if exc.is_failure else None)
+            failure = exc if exc.is_failure else None
+            raise
+        except BaseException:  # cancelled
+            epoch = -1
             raise
         finally:
-            if is_probe:
-                self.is_probing = False
-
-    def report(self, epoch: int, failure: Optional[Exception]) -> None:
-        if epoch == self.epoch:
-            with suppress(ExternalServiceError), self.breaker.calling():
-                if failure is not None:
-                    raise failure
+            self.is_probing &= not is_probe
+            if epoch == self.epoch:
+                with suppress(ExternalServiceError), self.breaker.calling():
+                    if failure is not None:
+                        raise failure
 
 
 class ExternalClient:
@@ -511,10 +503,10 @@ class ExternalClient:
             with anyio.fail_after(limit):
                 async with self.http.stream("GET", self.url, headers=headers) as response:
                     return await self.read(response)
-        except (TimeoutError, httpx.TransportError) as exc:
-            is_late = isinstance(exc, TimeoutError)
-            code = "external_timeout" if is_late else "external_service_error"
-            raise ExternalServiceError(code, retry=True) from None
+        except TimeoutError:
+            raise ExternalServiceError("external_timeout", retry=True) from None
+        except httpx.TransportError:
+            raise ExternalServiceError("external_service_error", retry=True) from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
             raise ExternalServiceError("external_service_error") from None
 
@@ -536,17 +528,16 @@ class ExternalClient:
             body = gzip.decompress(body, MAX_UPSTREAM_BYTES)
             if not gzip.eof:
                 raise ValueError("too large, or cut off")
-        data = pydantic.TypeAdapter(Any).validate_json(body)
+        data = from_json(body)
         json.dumps(data, allow_nan=False)  # NaN and Infinity (1e999) are not JSON
         return data
 
 
 # ==== 6 Security ======================================================================
-# Passwords: bcrypt, in as many threads as there are cores; a bounded number waits, the rest is
-# told to come back. Throttle: counted in the database before anything is hashed. Tokens: JWT,
-# one algorithm; the user's token_version ends them early. No reset, no MFA: they need a mailbox.
+# Passwords: bcrypt, in as many threads as there are cores; a bounded number waits, the rest is told
+# to come back. Throttle: counted in the database before anything is hashed. Tokens: JWT; a user's
+# token_version ends them early. No reset, no MFA: they need a mailbox.
 
-MAX_PASSWORD_LENGTH = 128  # characters, normalised
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
@@ -560,8 +551,7 @@ class Passwords:
         self.decoy = self.hash_now("")
 
     def digest(self, password: str) -> bytes:
-        """64 bytes of the 72 that bcrypt sees, so that every character counts. The key: digests
-        leaked elsewhere are no help in guessing."""
+        """64 of the 72 bytes that bcrypt sees: all counts. Keyed: digests leaked elsewhere differ."""
         normal = unicodedata.normalize("NFC", password).encode()
         return hmac.digest(b"service.py: password", normal, "sha256").hex().encode()
 
@@ -581,10 +571,9 @@ class Passwords:
     async def verify(self, password: str, stored: str) -> bool:
         """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
         is_usable = BCRYPT_HASH.fullmatch(stored) is not None
-        known = (stored if is_usable else self.decoy).encode()
-        is_equal = await anyio.to_thread.run_sync(
-            lambda: bcrypt.checkpw(self.digest(password), known), limiter=self.threads
-        )
+        digest, known = self.digest(password), (stored if is_usable else self.decoy).encode()
+        check = bcrypt.checkpw
+        is_equal = await anyio.to_thread.run_sync(check, digest, known, limiter=self.threads)
         return is_equal and is_usable
 
 
@@ -600,8 +589,7 @@ class Services(NamedTuple):
 
     async def verify_password(self, email: str, address: str, password: str) -> Row:
         """Return the user if the password is right; until then the attempt counts as a failure.
-        Raises: overloaded, too_many_attempts (the address is asked first, so that one address
-        cannot use up what is left to all, '*')."""
+        The address is asked first, so that one alone cannot use up what is left to all ('*')."""
         now, most = int(time.time()), self.settings.login_max_failures
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
@@ -621,9 +609,10 @@ class Services(NamedTuple):
     def check_new_password(self, field: str, password: str) -> None:
         """Raises: ValidationError."""
         least, normal = self.settings.password_min_length, unicodedata.normalize("NFC", password)
-        if not least <= len(normal) <= MAX_PASSWORD_LENGTH:
-            why = f"A password has {least} to {MAX_PASSWORD_LENGTH} characters."
-            errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
+        if not least <= len(normal) <= 128:
+            errors = [
+                {"loc": ["body", field], "msg": f"use {least} to 128 characters", "type": "length"}
+            ]
             raise ValidationError("invalid_request", errors=errors)
 
     def issue_token(self, user: Row) -> str:
@@ -742,9 +731,9 @@ class RequestContext:
 
 
 # ==== 8 Routes ========================================================================
-# A route validates by the types of its arguments, calls the database or the client, and returns
-# a model. To add one: the models, the function, answers(...) for the errors it can give. It
-# needs a token, unless its path stands in PUBLIC_PATHS.
+# A route validates by the types of its arguments, calls the database or the client, and returns a
+# model. To add one: write it, with answers(...) for its own errors. It needs a token, unless its
+# path stands in PUBLIC_PATHS.
 
 
 async def get_services(request: Request) -> Any:
@@ -764,7 +753,6 @@ Lower = pydantic.AfterValidator(normalise_email)
 Email = Annotated[str, Body(max_length=320, examples=["ada@example.com"]), Lower]
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
-
 Flag = Annotated[bool, Body(embed=True)]
 router = APIRouter()
 
