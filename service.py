@@ -365,7 +365,7 @@ async def migrate(connection: Any, begin: str) -> None:
                 await run_script(f"{begin}; {mark}; {script}\n; COMMIT")
         except DRIVER_ERRORS as exc:
             with suppress(*DRIVER_ERRORS):
-                await run_script("ROLLBACK")
+                await raw.execute("ROLLBACK")  # not as a script: SQLite would commit first
             if not await connection.fetch_one(is_applied):  # by another worker, meanwhile
                 why = str(exc).partition("\n")[0]
                 raise StartError(f"schema.sql, migration {version}: {name}: {why}") from None
@@ -769,7 +769,7 @@ class TokenResponse(BaseModel):
     expires_in: int = Field(description="Seconds.")
 
 
-@router.post("/api/v1/auth/register", status_code=201, responses=answers(409))
+@router.post("/api/v1/auth/register", status_code=201, responses=answers(409, 422))
 async def register(email: Email, password: Password, services: InServices) -> UserResponse:
     """Create an account. The email is kept in lower case; a 201 means that it is on disk."""
     services.check_new_password("password", password)
@@ -782,7 +782,7 @@ async def register(email: Email, password: Password, services: InServices) -> Us
     return UserResponse(**user)
 
 
-@router.post("/api/v1/auth/login", responses=answers(401, 429))
+@router.post("/api/v1/auth/login", responses=answers(401, 422, 429))
 async def log_in(
     email: Email, password: Password, services: InServices, request: Request, response: Response
 ) -> TokenResponse:
@@ -808,7 +808,7 @@ async def show_account(request: Request) -> UserResponse:
     return UserResponse(**request.state.user)
 
 
-@router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 429))
+@router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 422, 429))
 async def change_password(
     current_password: Password, new_password: Password, services: InServices, request: Request
 ) -> None:
@@ -908,7 +908,7 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
         for operation in operations.values():
             operation["tags"] = [path.split("/")[-2]]
             if "requestBody" in operation:
-                operation["responses"].update(answers(408, 413, 422))
+                operation["responses"].update(answers(408, 413))
             if path not in PUBLIC_PATHS:
                 operation["responses"].update(answers(401))
                 operation["security"] = [{"token": []}]
@@ -934,7 +934,7 @@ def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport]
     app.state.settings, app.state.transport = settings, transport
     app.include_router(router)
     if settings.environment == "development" and settings.external_api_url is None:
-        app.put("/demo/upstream", status_code=204)(switch_demo_upstream)
+        app.put("/demo/upstream", status_code=204, responses=answers(422))(switch_demo_upstream)
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     app.add_middleware(RequestContext)
     return app
