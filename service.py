@@ -7,10 +7,9 @@ The way of a request, and so the order of this file's second half:
               body limit,              (retries, circuit breaker)
               token check, access record, every last error
 
-First the vocabulary; each section can be read alone: 1 Settings, 2 Logging, 3 Errors, 4 Database,
+First the vocabulary, each section readable alone: 1 Settings, 2 Logging, 3 Errors, 4 Database,
 5 External client, 6 Security. Then the request: 7 Middleware, 8 Routes (each beside its models),
-9 App (start, stop, everything together). Nothing is used before it is defined.
-"""
+9 App (start, stop, everything together). Nothing is used before it is defined."""
 
 import asyncio
 import hmac
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Optional, cast
 
 import anyio
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 import bcrypt
 import httpx
 import jwt
@@ -57,12 +56,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # ==== 1 Settings ======================================================================
 # Read once, at start: the environment wins over `.env`; an empty value counts as unset.
 # To add one: a field here, a line in `.env.example`, a row in the README's table.
-
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-OPTIONS = r"(\?(&?(ssl|max_size)=\w[\w-]*)+)?"
-DATABASE_URL = rf"^(sqlite:///[^:?#][^?#]*|postgresql://[^/?#]+/[^/?#]+{OPTIONS})$"
+URL = r"^(sqlite:///[^:?#][^?#]*|postgresql://[^/?#]+/[^/?#]+(\?(&?(ssl|max_size)=[\w-]+)+)?)$"
 
 
 class Settings(BaseSettings):
@@ -70,7 +67,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
     environment: Literal["development", "production", "test"] = "development"
-    database_url: Annotated[str, Field(pattern=DATABASE_URL)] = "sqlite:///service.db"
+    database_url: Annotated[str, Field(pattern=URL)] = "sqlite:///service.db"
     database_timeout_seconds: Seconds = 5  # a statement, its queue and its locks; then 503
     jwt_secret: Optional[SecretStr] = None  # None: a random one; required in production
     jwt_expires_seconds: Annotated[int, Field(ge=1, le=315_360_000)] = 86400
@@ -110,9 +107,7 @@ def load_settings() -> Settings:
 
 # ==== 2 Logging =======================================================================
 # One line a record, to stdout. A reader that stalls never stalls the service: past 10,000 waiting
-# lines new ones are dropped and counted. Other libraries are heard from WARNING up: below that,
-# some print values.
-
+# lines, new ones are dropped and counted. Other libraries: from WARNING up, for some print values.
 logger = logging.getLogger("service")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -123,7 +118,7 @@ class StdoutHandler(logging.Handler):
     def __init__(self, log_format: str, limit: int = 10_000) -> None:
         super().__init__()
         self.log_format, self.limit, self.dropped = log_format, limit, 0
-        self.tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.tasks: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
         threading.Thread(target=self.work, name="log", daemon=True).start()
 
     def format(self, record: logging.LogRecord) -> str:
@@ -146,7 +141,7 @@ class StdoutHandler(logging.Handler):
             self.dropped += 1
         else:
             line = (self.format(record) + "\n").encode()
-            self.tasks.put(lambda: self.write(line))
+            self.tasks.put(lambda: os.write(1, line))
 
     def flush(self) -> None:
         """Wait for the lines so far, one second at most. Called at exit, too."""
@@ -158,10 +153,6 @@ class StdoutHandler(logging.Handler):
         while True:
             with suppress(OSError):  # the reader has gone, and with it the line
                 self.tasks.get()()
-
-    def write(self, line: bytes) -> None:
-        while line:
-            line = line[os.write(1, line) :]
 
 
 def configure_logging(settings: Settings) -> None:
@@ -181,7 +172,6 @@ def log_event(event: str, detail: str, user_id: Optional[str], level: int = 20) 
 # ==== 3 Errors ========================================================================
 # Whoever notices an error raises it by its code; `problem_response` alone makes answers of them.
 # To add one: a line in ERRORS, a raise, and its status in the answers() of the route.
-
 ERRORS = {  # code (a stable word, for programs): status, what to do next (for people)
     "not_authenticated": (401, "This needs a token: log in, send Authorization: Bearer <token>."),
     "invalid_token": (401, "The token is not valid, or not any more; log in again."),
@@ -204,12 +194,10 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 }
 
 
-class ServiceError(HTTPException):
-    """The base of all. Starlette's, because nothing else gets out of receive() unchanged."""
-
+class ServiceError(HTTPException):  # Starlette's: nothing else leaves receive() unchanged
     code: str
     retry_after: float = 1  # seconds
-    errors: Any = None  # of a 422: loc, msg and type, never what was sent
+    members: dict[str, Any] = {}  # more of the body; of a 422: errors, never what was sent
 
     def __init__(self, code: str, **facts: Any) -> None:
         self.__dict__.update(facts, code=code)
@@ -228,9 +216,7 @@ class AuthError(ServiceError): ...  # who is asking, and may they?
 class ValidationError(ServiceError): ...  # what was sent is not what is asked for
 
 
-class ExternalServiceError(ServiceError):
-    """What the external API did, and what retries and circuit make of it."""
-
+class ExternalServiceError(ServiceError):  # what the external API did, and what it means
     retry, wait, is_failure = False, None, True  # wait: seconds, if it asked for them
 
 
@@ -239,18 +225,17 @@ async def problem_response(_: Any, exc: Exception) -> Response:
     error: Any = exc
     if isinstance(exc, RequestValidationError):
         errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in exc.errors()]
-        error = ValidationError("invalid_request", errors=errors)
+        error = ValidationError("invalid_request", members={"errors": errors})
     elif getattr(exc, "status_code", 500) == 400:
         errors = [{"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"}]
-        error = ValidationError("invalid_request", errors=errors)
+        error = ValidationError("invalid_request", members={"errors": errors})
     elif not isinstance(exc, ServiceError):
         codes = {404: "not_found", 405: "method_not_allowed"}
         error = ServiceError(codes.get(getattr(exc, "status_code", 500), "internal_error"))
         error.headers = getattr(exc, "headers", None)  # Allow
     title, status = HTTPStatus(error.status_code).phrase, error.status_code
     body = {"type": "about:blank", "title": title, "status": status, "detail": error.detail}
-    body.update(code=error.code, request_id=request_id.get())
-    body.update({} if error.errors is None else {"errors": error.errors})
+    body.update(code=error.code, request_id=request_id.get(), **error.members)
     return JSONResponse(body, status, error.headers, "application/problem+json")
 
 
@@ -265,7 +250,6 @@ def answers(*statuses: int) -> dict[Any, Any]:
 # Raw SQL through `databases`, one method a statement. Single statements and constraints keep all
 # promises, so no transaction is left open. SQLite: two held connections, so that reads go on while
 # a write waits. PostgreSQL: a pool. To change the schema, see schema.sql.
-
 Row = dict[str, Any]
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -288,9 +272,8 @@ def sql(text: str) -> Callable[..., Awaitable[Row]]:
                 row = await connection.fetch_one(text, values)
                 return dict(row._mapping) if row else {}
 
-        # A task, because waiting for a cancelled statement can take for ever (PostgreSQL frozen).
-        # Out of time, it is cancelled if it still queues. If it has begun, SQLite ends it by its
-        # own limit, and for PostgreSQL its connection is cut.
+        # A task: to wait for a cancelled statement can take for ever (PostgreSQL frozen). Too late,
+        # it is cancelled if it queues; if it has begun, SQLite ends it, or its connection is cut.
         task = asyncio.ensure_future(execute())
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
@@ -308,14 +291,10 @@ def sql(text: str) -> Callable[..., Awaitable[Row]]:
 
 
 class Database:
-    """Every statement, each within `timeout` seconds, its queue and its locks included. Whatever
-    goes wrong raises database_unavailable; then the outcome of a write is open."""
+    """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
 
     def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
-        self.reads, self.writes = (
-            (asyncio.Semaphore(at_once), reader),
-            (asyncio.Semaphore(at_once), writer),
-        )
+        self.reads, self.writes = ((asyncio.Semaphore(at_once), c) for c in (reader, writer))
         self.timeout = timeout
 
     insert_user = sql("""
@@ -350,8 +329,7 @@ class Database:
 
 async def migrate(connection: Any, begin: str) -> None:
     """Run the sections of schema.sql that this database has not seen, each in one transaction.
-    `begin` opens it and takes a lock, so that of many starting workers one does the work.
-    Raises: StartError, naming the section; nothing of it stays."""
+    `begin` opens it, with a lock against other workers. Raises: StartError; nothing stays."""
     raw = connection.raw_connection
     run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
@@ -411,16 +389,14 @@ async def open_database(settings: Settings, opened: AsyncExitStack) -> Database:
 # One GET in layers: retries within a deadline > the circuit > one attempt in its time > httpx.
 # The deadline shortens the last attempt rather than cancelling it: a cancelled one would count
 # for nothing, and the circuit never open. For a second API, make a second ExternalClient.
-
 MAX_UPSTREAM_BYTES = 2**20
 HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 
 
 class Circuit(CircuitBreakerListener):
     """pybreaker for coroutines. It counts what happens while it calls a function, which cannot
-    await; so the call is awaited first, and its outcome reported by a function that takes no
-    time. Left to do by hand: half-open, one probe only; no heed to a call from before the last
-    change of state (`epoch`); a cancelled call counts for nothing; monotonic time."""
+    await; so the call is awaited first, its outcome reported after. By hand: one probe only; no
+    heed to a call from before the last change (`epoch`), or a cancelled one; monotonic time."""
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
         self.breaker = CircuitBreaker(fail_max, listeners=[self], throw_new_error_on_trip=False)
@@ -444,21 +420,20 @@ class Circuit(CircuitBreakerListener):
         if self.state == "open":
             self.breaker.half_open()
         is_probe = self.is_probing = self.state == "half-open"
-        epoch, failure = self.epoch, None
+        epoch = self.epoch
         try:
-            return await attempt()
+            result, error = await attempt(), None
         except ExternalServiceError as exc:
-            failure = exc if exc.is_failure else None
-            raise
-        except BaseException:  # cancelled
-            epoch = -1
-            raise
+            result, error = None, exc
         finally:
             self.is_probing &= not is_probe
-            if epoch == self.epoch:
-                with suppress(ExternalServiceError), self.breaker.calling():
-                    if failure is not None:
-                        raise failure
+        if epoch == self.epoch:
+            with suppress(ExternalServiceError), self.breaker.calling():
+                if error is not None and error.is_failure:
+                    raise error
+        if error is not None:
+            raise error
+        return result
 
 
 class ExternalClient:
@@ -477,27 +452,23 @@ class ExternalClient:
         settings, circuit = self.settings, self.circuit
         ends = time.monotonic() + settings.external_deadline_seconds
         deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
-        jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full", from 0 seconds
+        jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full"
 
         def wait(retry: tenacity.RetryCallState) -> float:
             asked = getattr(retry.outcome and retry.outcome.exception(), "wait", None)
             return jitter(retry) if asked is None else float(asked)
-
-        async def attempt() -> Any:
-            limit = min(settings.external_timeout_seconds, ends - time.monotonic())
-            return await circuit.call(lambda: self.get(limit))
 
         def is_worth_it(exc: BaseException) -> bool:
             return getattr(exc, "retry", False) and circuit.state == "closed"
 
         stop = tenacity.stop_after_attempt(settings.external_attempts) | deadline
         retry = tenacity.retry_if_exception(is_worth_it)
-        # One for each call, because it has the state of its caller.
         retrying = tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)
-        return await retrying(attempt)
+        return await retrying(circuit.call, lambda: self.get(ends))
 
-    async def get(self, limit: float) -> Any:
-        """One attempt, `limit` seconds from first to last byte. Raises: ExternalServiceError."""
+    async def get(self, ends: float) -> Any:
+        """One attempt, in its own time and the deadline's. Raises: ExternalServiceError."""
+        limit = min(self.settings.external_timeout_seconds, ends - time.monotonic())
         headers = {"Accept-Encoding": "gzip", "X-Request-ID": request_id.get()}
         self.http.cookies.clear()  # or one caller's would be sent for another
         try:
@@ -517,8 +488,7 @@ class ExternalClient:
         if status >= 500 or status in (408, 429):
             asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
             raise ExternalServiceError("external_service_error", retry=True, wait=asked)
-        if not 200 <= status < 300 or status == 204:
-            # A 4xx is a sign of life.
+        if not 200 <= status < 300 or status == 204:  # a 4xx, however, is a sign of life
             raise ExternalServiceError("external_service_error", is_failure=status < 400)
 
     async def read(self, response: httpx.Response) -> Any:
@@ -541,7 +511,6 @@ class ExternalClient:
 # Passwords: bcrypt, in as many threads as there are cores; a bounded number waits, the rest is told
 # to come back. Throttle: counted in the database before anything is hashed. Tokens: JWT; a user's
 # token_version ends them early. No reset, no MFA: they need a mailbox.
-
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
@@ -555,7 +524,7 @@ class Passwords:
         self.decoy = self.hash_now("")
 
     def digest(self, password: str) -> bytes:
-        """64 of the 72 bytes that bcrypt sees: all counts. Keyed: digests leaked elsewhere differ."""
+        """64 of the 72 bytes that bcrypt sees: all counts. Keyed: leaked digests do not help."""
         normal = unicodedata.normalize("NFC", password).encode()
         return hmac.digest(b"service.py: password", normal, "sha256").hex().encode()
 
@@ -576,9 +545,8 @@ class Passwords:
         """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
         is_usable = BCRYPT_HASH.fullmatch(stored) is not None
         digest, known = self.digest(password), (stored if is_usable else self.decoy).encode()
-        check = bcrypt.checkpw
-        is_equal = await anyio.to_thread.run_sync(check, digest, known, limiter=self.threads)
-        return is_equal and is_usable
+        same = await anyio.to_thread.run_sync(bcrypt.checkpw, digest, known, limiter=self.threads)
+        return same and is_usable
 
 
 class Services(NamedTuple):
@@ -592,13 +560,12 @@ class Services(NamedTuple):
     token_secret: str
 
     async def verify_password(self, email: str, address: str, password: str) -> Row:
-        """Return the user if the password is right; until then the attempt counts as a failure.
-        The address is asked first, so that one alone cannot use up what is left to all ('*')."""
+        """Return the user if the password is right; till then the attempt counts as a failure."""
         now, most = int(time.time()), self.settings.login_max_failures
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
             await self.db.delete_ended_windows(now=now)
-            for place, limit in ((address, most), ("*", 10 * most)):
+            for place, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
                 row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
                     log_event("login_throttled", "too many failures", None, logging.WARNING)
@@ -614,10 +581,9 @@ class Services(NamedTuple):
         """Raises: ValidationError."""
         least, normal = self.settings.password_min_length, unicodedata.normalize("NFC", password)
         if not least <= len(normal) <= 128:
-            errors = [
-                {"loc": ["body", field], "msg": f"use {least} to 128 characters", "type": "length"}
-            ]
-            raise ValidationError("invalid_request", errors=errors)
+            why = f"A password has {least} to 128 characters."
+            errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
+            raise ValidationError("invalid_request", members={"errors": errors})
 
     def issue_token(self, user: Row) -> str:
         """A JWT (RFC 7519), as RFC 8725 advises; `ver` ends it when the user's has moved on."""
@@ -644,9 +610,7 @@ class Services(NamedTuple):
 
 
 # ==== 7 Middleware ====================================================================
-# One, plain ASGI: it gives a request its id, bounds its body, checks its token, and logs it.
-# What it learns it tells the routes, through scope["state"].
-
+# One, plain ASGI. What it learns it tells the routes, through scope["state"].
 BODY_SECONDS = 5  # for a whole body to arrive
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PUBLIC_PATHS = {  # everything else needs a token
@@ -738,8 +702,6 @@ class RequestContext:
 # A route validates by the types of its arguments, calls the database or the client, and returns a
 # model. To add one: write it, with answers(...) for its own errors. It needs a token, unless its
 # path stands in PUBLIC_PATHS.
-
-
 async def get_services(request: Request) -> Any:
     return request.app.state.services
 
@@ -758,7 +720,7 @@ Email = Annotated[str, Body(max_length=320, examples=["ada@example.com"]), Lower
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
 Flag = Annotated[bool, Body(embed=True)]
-router = APIRouter()
+router, BODY = APIRouter(), (408, 413, 422)
 
 
 class UserResponse(BaseModel):
@@ -773,7 +735,7 @@ class TokenResponse(BaseModel):
     expires_in: int = Field(description="Seconds.")
 
 
-@router.post("/api/v1/auth/register", status_code=201, responses=answers(409, 422))
+@router.post("/api/v1/auth/register", status_code=201, responses=answers(409, *BODY))
 async def register(email: Email, password: Password, services: InServices) -> UserResponse:
     """Create an account. The email is kept in lower case; a 201 means that it is on disk."""
     services.check_new_password("password", password)
@@ -786,13 +748,11 @@ async def register(email: Email, password: Password, services: InServices) -> Us
     return UserResponse(**user)
 
 
-@router.post("/api/v1/auth/login", responses=answers(401, 422, 429))
+@router.post("/api/v1/auth/login", responses=answers(401, 429, *BODY))
 async def log_in(
     email: Email, password: Password, services: InServices, request: Request, response: Response
 ) -> TokenResponse:
-    """Exchange email and password for a token; paste it under "Authorize" to try the rest.
-
-    An unknown email and a wrong password get the same answer in the same time. After
+    """Exchange email and password for a token; paste it under "Authorize" to try the rest. After
     LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most."""
     user = await services.verify_password(email, request.state.client, password)
     if not user:
@@ -812,7 +772,7 @@ async def show_account(request: Request) -> UserResponse:
     return UserResponse(**request.state.user)
 
 
-@router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 422, 429))
+@router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 429, *BODY))
 async def change_password(
     current_password: Password, new_password: Password, services: InServices, request: Request
 ) -> None:
@@ -875,18 +835,14 @@ async def check_readiness(services: InServices) -> dict[str, str]:
 
 
 async def switch_demo_upstream(failing: Flag, services: InServices) -> None:
-    """Make the demo upstream fail, or heal it (in development, without EXTERNAL_API_URL).
-
-    Failing: fetch external data twice, and the circuit opens. Healed: wait for
-    BREAKER_RESET_SECONDS, fetch again, and it closes."""
+    """Make the demo upstream fail, or heal it. Failing: fetch external data twice, and the circuit
+    opens. Healed: wait for BREAKER_RESET_SECONDS, fetch again, and it closes."""
     services.demo["status"] = 503 if failing else 200
 
 
 # ==== 9 App ===========================================================================
 # The lifespan opens what lives as long as the process, in the order of need; it is closed in
 # reverse after uvicorn has answered what was begun (SIGTERM).
-
-
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings, transport, demo = app.state.settings, app.state.transport, {"status": 200}
@@ -911,8 +867,6 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation["tags"] = [path.split("/")[-2]]
-            if "requestBody" in operation:
-                operation["responses"].update(answers(408, 413))
             if path not in PUBLIC_PATHS:
                 operation["responses"].update(answers(401))
                 operation["security"] = [{"token": []}]
@@ -932,13 +886,12 @@ def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport]
     configure_logging(settings)
     handlers = {HTTPException: problem_response, RequestValidationError: problem_response}
     options: Any = {"title": "service", "exception_handlers": handlers, "lifespan": lifespan}
-    # Slashes would be redirected to whatever the Host header says.
     options.update(redirect_slashes=False, generate_unique_id_function=lambda route: route.name)
     app = FastAPI(**options, responses=answers(500, 503))
     app.state.settings, app.state.transport = settings, transport
     app.include_router(router)
     if settings.environment == "development" and settings.external_api_url is None:
-        app.put("/demo/upstream", status_code=204, responses=answers(422))(switch_demo_upstream)
+        app.put("/demo/upstream", status_code=204, responses=answers(*BODY))(switch_demo_upstream)
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     app.add_middleware(RequestContext)
     return app
