@@ -292,6 +292,13 @@ async def test_an_email_is_taken_in_any_spelling_of_case(client):
     assert await sign_in(client, email="aDA@eXample.com")
 
 
+@pytest.mark.parametrize(
+    "email", ["a@b.test", "a+b@x.local", "a@m\u00fcnchen.example", "\u00e9@x.org"]
+)
+async def test_what_is_an_email_address_by_its_syntax_is_accepted(client, email):
+    assert await sign_in(client, email=email)
+
+
 async def test_of_many_registrations_of_one_email_exactly_one_succeeds(client, store):
     answers = await asyncio.gather(*[client.post(REGISTER, json=ADA) for _ in range(20)])
     assert sorted(a.status_code for a in answers) == [201] + [409] * 19
