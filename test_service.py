@@ -1822,3 +1822,136 @@ def test_the_budget_holds():
     assert len(set(code) - text) <= 650 and len(lines) <= 900
     assert max(map(len, lines)) <= 100
     assert len((FOLDER / "README.md").read_text().splitlines()) < 250
+
+
+# ---- the benchmark ---------------------------------------------------------------------
+
+
+def send_gets(port, paths, headers, seconds, connections=16, pause=0.0):
+    """Send GETs over kept-alive sockets for so long; return their times in seconds."""
+    times, ends = [], time.monotonic() + seconds
+
+    def client(n):
+        path = paths[n % len(paths)]
+        lines = [f"GET {path} HTTP/1.1", "Host: x", *(f"{k}: {v}" for k, v in headers.items())]
+        request = ("\r\n".join(lines) + "\r\n\r\n").encode()
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            while time.monotonic() < ends:
+                begin = time.perf_counter()
+                sock.sendall(request)
+                head, _, rest = sock.recv(65536).partition(b"\r\n\r\n")
+                missing = int(re.search(rb"content-length: (\d+)", head)[1]) - len(rest)
+                while missing > 0:
+                    missing -= len(sock.recv(65536))
+                times.append(time.perf_counter() - begin)
+                time.sleep(pause)
+
+    threads = [threading.Thread(target=client, args=[n]) for n in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return times
+
+
+def cpu_each(server, path, headers, seconds=4):
+    """Server CPU for one request, in microseconds; the server and its clients have a core each."""
+    cores = sorted(os.sched_getaffinity(0))
+    for task in os.listdir(f"/proc/{server.process.pid}/task"):
+        os.sched_setaffinity(int(task), cores[:1])
+    os.sched_setaffinity(0, cores[-1:])
+    send_gets(server.port, [path], headers, 1)
+
+    def used():
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    begin = used()
+    count = len(send_gets(server.port, [path], headers, seconds))
+    spent = used() - begin
+    os.sched_setaffinity(0, cores)
+    for task in os.listdir(f"/proc/{server.process.pid}/task"):
+        os.sched_setaffinity(int(task), cores)
+    return spent / count * 1e6
+
+
+def p99(times):
+    return sorted(times)[int(len(times) * 0.99)] * 1000
+
+
+@contextlib.contextmanager
+def logins(server, users):
+    """As many clients log in without pause; yields the list of what was done."""
+    done, stop = [], threading.Event()
+
+    def client(account):
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            while not stop.is_set():
+                done.append(http.post(LOGIN, json=account).status_code)
+
+    threads = [threading.Thread(target=client, args=[account]) for account in users]
+    for thread in threads:
+        thread.start()
+    yield done
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def hashes_each_second(seconds=4):
+    """What bcrypt alone reaches on these cores."""
+    count, ends = [], time.monotonic() + seconds
+
+    def work():
+        while time.monotonic() < ends:
+            bcrypt.hashpw(b"x" * 64, bcrypt.gensalt(12))
+            count.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(os.cpu_count())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(count) / seconds
+
+
+@pytest.mark.benchmark
+def test_benchmark(store, tmp_path, capsys):
+    bare = "from fastapi import FastAPI\napp = FastAPI()\n\n\n@app.get('/')\nasync def f():\n"
+    (tmp_path / "bare.py").write_text(
+        bare + "    return {'id': 'x' * 36}\n\n\napp.get('/health/live')(f)\n"
+    )
+    with Server(tmp_path, "--no-access-log", "--app-dir", str(tmp_path), app="bare:app") as server:
+        floor = cpu_each(server, "/", {})
+    knobs = {"BCRYPT_ROUNDS": "12", "LOGIN_MAX_FAILURES": "1000000", "DATABASE_URL": store.url}
+    with Server(tmp_path, BREAKER_RESET_SECONDS="3600", **knobs) as server:
+        headers = server.sign_in()
+        users = [{**ADA, "email": f"{n}@example.com"} for n in range(16)]
+        for user in users:
+            server.ask("POST", REGISTER, json=user)
+        me = cpu_each(server, ME, headers)
+        server.ask("PUT", "/demo/upstream", json={"failing": True})
+        for _ in range(3):
+            server.ask("GET", DATA, headers=headers)
+        circuit = cpu_each(server, DATA, headers)
+        idle = p99(send_gets(server.port, [ME], headers, 4, 1, 0.005))
+        limit = hashes_each_second()
+        with logins(server, users) as done:
+            time.sleep(1)
+            begin, count = time.monotonic(), len(done)
+            busy = p99(send_gets(server.port, [ME], headers, 12, 1, 0.005))
+            rate = (len(done) - count) / (time.monotonic() - begin)
+        assert set(done) == {200}
+        rss = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())
+    with capsys.disabled():
+        print(f"\n\n{store.url.partition(':')[0]:32} CPU us  x bare route")
+        for name, each in (
+            ("bare FastAPI route", floor),
+            ("GET me", me),
+            ("open circuit", circuit),
+        ):
+            print(f"{name:32} {each:6.0f}  {each / floor:6.2f}")
+        print(f"logins a second                  {rate:6.2f}  {rate / limit:6.2f} of bcrypt alone")
+        print(f"p99 of GET me, idle              {idle:6.1f} ms")
+        print(f"p99 of GET me, 16 logging in     {busy:6.1f} ms")
+        print(f"memory                           {int(rss[1]) / 1024:6.0f} MiB")
