@@ -365,7 +365,7 @@ async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) 
 
 async def open_postgresql(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
     lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; ends what we gave up
-    pool = Driver(url, min_size=1, timeout=timeout, server_settings=lock_limit)
+    pool = Driver(url, min_size=0, timeout=timeout, server_settings=lock_limit)
     await pool.connect()
     opened.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
     async with pool.connection() as connection:
@@ -450,6 +450,8 @@ class ExternalClient:
     async def fetch(self) -> Any:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
         settings, circuit = self.settings, self.circuit
+        if circuit.retry_after > 0:  # at once, without the cost of what follows
+            raise ExternalServiceError("circuit_open", retry_after=circuit.retry_after)
         ends = time.monotonic() + settings.external_deadline_seconds
         deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
         jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full"
@@ -549,9 +551,7 @@ class Passwords:
         return same and is_usable
 
 
-class Services(NamedTuple):
-    """What lives as long as the process: app.state.services."""
-
+class Services(NamedTuple):  # what lives as long as the process: app.state.services
     settings: Settings
     db: Database
     external: ExternalClient
