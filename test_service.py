@@ -38,7 +38,7 @@ os.chdir(START)
 logging.getLogger().handlers.clear()
 
 POSTGRES = os.environ.get("TEST_POSTGRES_URL", "")
-KEY = "a secret of at least thirty-two bytes"
+KEY = "a secret of at least thirty-two bytes, and of more than sixty-four for HS512"
 EMAIL, PASSWORD = "ada@example.com", "correct horse battery"
 ADA = {"email": EMAIL, "password": PASSWORD}
 REGISTER, LOGIN, ME = "/api/v1/auth/register", "/api/v1/auth/login", "/api/v1/auth/me"
@@ -593,7 +593,7 @@ async def test_a_token_of_another_key_or_algorithm_is_refused(client, headers):
     for bad in (
         none,
         forge(headers, key="x" * 40),
-        forge(headers, key=KEY * 2, algorithm="HS512"),
+        forge(headers, algorithm="HS512"),
         {"Authorization": f"Bearer {unsigned}"},
     ):
         problem(await client.get(ME, headers=bad), 401, "invalid_token")
@@ -1043,14 +1043,14 @@ async def test_an_upstream_that_hangs_or_drips_is_504_within_the_attempts_time(
 
 async def test_the_deadline_bounds_the_whole_call(sqlite, upstream):
     upstream.script = [hang]
-    knobs = {"external_timeout_seconds": 0.4, "external_deadline_seconds": 0.9}
+    knobs = {"external_timeout_seconds": 0.8, "external_deadline_seconds": 1}
     async with serve(
         sqlite, external_api_url=upstream.url, external_attempts=20, breaker_fail_max=99, **knobs
     ) as client:
         headers = await sign_in(client)
         begin = time.monotonic()
         problem(await client.get(DATA, headers=headers), 504, "external_timeout")
-        assert time.monotonic() - begin < 1.4
+        assert time.monotonic() - begin < 1.5
 
 
 @pytest.mark.parametrize("asked, calls", [("1", 2), ("0", 2), ("60", 1), ("soon", 2), ("-1", 2)])
@@ -1067,12 +1067,18 @@ async def test_a_retry_after_is_waited_for_when_it_fits_the_deadline(
         assert (time.monotonic() - begin >= 1) == (asked == "1")
 
 
-async def test_cookies_are_not_kept_and_proxies_not_used(guarded, upstream, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+async def test_cookies_are_not_kept(guarded, upstream):
     upstream.script = [raw(200, b"1", "Set-Cookie: a=b\r\n")]
     for _ in range(2):
         assert (await guarded.get(DATA)).status_code == 200
     assert "cookie" not in "".join(upstream.requests).lower()
+
+
+async def test_proxies_in_the_environment_are_not_used(sqlite, upstream, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    async with serve(sqlite, external_api_url=upstream.url) as client:
+        assert (await client.get(DATA, headers=await sign_in(client))).status_code == 200
 
 
 async def open_circuit(client, upstream):
