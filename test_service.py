@@ -1509,7 +1509,8 @@ if POSTGRES:
             assert (await client.get(ME, headers=headers)).status_code == 200
 
     async def test_frozen_backends_are_503_in_time_and_others_take_their_place(postgres):
-        async with serve(postgres, database_timeout_seconds=0.5) as client:
+        only = Store(postgres.url + "?max_size=1")
+        async with serve(only, database_timeout_seconds=0.5) as client:
             headers = await sign_in(client)
             pids = await postgres.sql(
                 "SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
