@@ -294,7 +294,7 @@ class Database:
     """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
 
     def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
-        self.reads, self.writes = ((asyncio.Semaphore(at_once), c) for c in (reader, writer))
+        self.reads, self.writes = ((anyio.Semaphore(at_once), c) for c in (reader, writer))
         self.timeout = timeout
 
     insert_user = sql("""
@@ -522,7 +522,7 @@ class Passwords:
     def __init__(self, rounds: int) -> None:
         cores = os.cpu_count() or 1
         self.rounds, self.threads = rounds, anyio.CapacityLimiter(cores)
-        self.places = asyncio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
+        self.places = anyio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
         self.decoy = self.hash_now("")
 
     def digest(self, password: str) -> bytes:
@@ -530,9 +530,9 @@ class Passwords:
         normal = unicodedata.normalize("NFC", password).encode()
         return hmac.digest(b"service.py: password", normal, "sha256").hex().encode()
 
-    def place(self) -> asyncio.Semaphore:
+    def place(self) -> anyio.Semaphore:
         """A place among those who may hash. Raises: overloaded, at once, if none is left."""
-        if self.places.locked():
+        if not self.places.value:
             raise ServiceError("overloaded", retry_after=2)
         return self.places
 

@@ -527,7 +527,7 @@ async def test_logins_that_do_not_fit_the_queue_are_shed_at_once(client, monkeyp
     await client.post(REGISTER, json=ADA)
     checked, gate = [], threading.Event()
     monkeypatch.setattr(bcrypt, "checkpw", lambda *_: checked.append(1) or gate.wait(5))
-    places = client.services.passwords.places._value
+    places = client.services.passwords.places.value
     logins = [
         asyncio.ensure_future(client.post(LOGIN, json={**ADA, "email": f"{n}@example.com"}))
         for n in range(places + 10)
