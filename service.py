@@ -29,7 +29,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Optional, cast
 
@@ -44,12 +43,10 @@ from databases import Database as Driver, DatabaseURL
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pybreaker import CircuitBreaker, CircuitBreakerListener
 from pydantic import BaseModel, Field, SecretStr
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -195,18 +192,15 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 
 
 class ServiceError(HTTPException):  # Starlette's: nothing else leaves receive() unchanged
-    code: str
-    retry_after: float = 1  # seconds
-    members: dict[str, Any] = {}  # more of the body; of a 422: errors, never what was sent
-
-    def __init__(self, code: str, **facts: Any) -> None:
-        self.__dict__.update(facts, code=code)
+    def __init__(self, code: str, retry_after: int = 0, **members: Any) -> None:
+        """`retry_after` in seconds; `members`: more of the body, never what was sent."""
         (status, sentence), headers = ERRORS[code], {}
         if status in (429, 503):
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+            headers["Retry-After"] = str(max(1, retry_after))
         if status == 401:  # RFC 6750, 3: with `error` only if a token was sent
             sent = ', error="invalid_token"' if code.endswith("_token") else ""
             headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
+        self.code, self.retry_after, self.members = code, retry_after, members
         super().__init__(status, sentence, headers)
 
 
@@ -216,8 +210,7 @@ class AuthError(ServiceError): ...  # who is asking, and may they?
 class ValidationError(ServiceError): ...  # what was sent is not what is asked for
 
 
-class ExternalServiceError(ServiceError):  # what the external API did, and what it means
-    retry, wait, is_failure = False, None, True  # wait: seconds, if it asked for them
+class ExternalServiceError(ServiceError): ...  # what the external API did
 
 
 async def problem_response(_: Any, exc: Exception) -> Response:
@@ -225,18 +218,18 @@ async def problem_response(_: Any, exc: Exception) -> Response:
     error: Any = exc
     if isinstance(exc, RequestValidationError):
         errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in exc.errors()]
-        error = ValidationError("invalid_request", members={"errors": errors})
+        error = ValidationError("invalid_request", errors=errors)
     elif getattr(exc, "status_code", 500) == 400:
         errors = [{"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"}]
-        error = ValidationError("invalid_request", members={"errors": errors})
+        error = ValidationError("invalid_request", errors=errors)
     elif not isinstance(exc, ServiceError):
         codes = {404: "not_found", 405: "method_not_allowed"}
         error = ServiceError(codes.get(getattr(exc, "status_code", 500), "internal_error"))
         error.headers = getattr(exc, "headers", None)  # Allow
-    title, status = HTTPStatus(error.status_code).phrase, error.status_code
+    title, status = HTTPException(error.status_code).detail, error.status_code
     body = {"type": "about:blank", "title": title, "status": status, "detail": error.detail}
     body.update(code=error.code, request_id=request_id.get(), **error.members)
-    return JSONResponse(body, status, error.headers, "application/problem+json")
+    return Response(to_json(body), status, error.headers, "application/problem+json")
 
 
 def answers(*statuses: int) -> dict[Any, Any]:
@@ -262,19 +255,33 @@ class StartError(Exception): ...  # the text says why the service cannot start, 
 def sql(text: str) -> Callable[..., Awaitable[Row]]:
     """A method that runs the SQL; it takes its `:names` and returns its first row, {} if none."""
 
-    async def run(self: "Database", **values: Any) -> Row:
-        begun: list[Any] = []
-        turn, connect = self.reads if text.lstrip().startswith("SELECT") else self.writes
+    async def run_sql(self: "Database", **values: Any) -> Row:
+        lane = self.reads if text.lstrip().startswith("SELECT") else self.writes
+        row = await self.run(lane, lambda connection: connection.fetch_one(text, values))
+        return dict(row._mapping) if row else {}
 
-        async def execute() -> Row:
-            async with turn, connect() as connection:
+    return run_sql
+
+
+class Database:
+    """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
+
+    def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
+        self.reads, self.writes = ((anyio.Semaphore(at_once), c) for c in (reader, writer))
+        self.timeout, self.wanted = timeout, set[str]()
+
+    async def run(self, lane: Any, execute: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Wait for a turn and a connection in the lane, and let `execute` use it."""
+        begun: list[Any] = []
+
+        async def take_turn() -> Any:
+            async with lane[0], lane[1]() as connection:
                 begun.append(connection.raw_connection)
-                row = await connection.fetch_one(text, values)
-                return dict(row._mapping) if row else {}
+                return await execute(connection)
 
         # A task: to wait for a cancelled statement can take for ever (PostgreSQL frozen). Too late,
         # it is cancelled if it queues; if it has begun, SQLite ends it, or its connection is cut.
-        task = asyncio.ensure_future(execute())
+        task = asyncio.ensure_future(take_turn())
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.wait_for(asyncio.shield(task), self.timeout)
@@ -287,23 +294,32 @@ def sql(text: str) -> Callable[..., Awaitable[Row]]:
         logger.warning("database: %s", why)
         raise ServiceError("database_unavailable")
 
-    return run
+    async def find_user_by_id(self, id: str) -> Row:
+        """Every request asks this, and most of a statement's cost is its way to the driver's thread
+        and back. So one goes for all who ask before it begins, for eight users at most."""
+        if len(self.wanted) in (0, 8) or self.lookup.done():
+            wanted = self.wanted = {id}
 
+            async def execute(connection: Any) -> dict[str, Row]:
+                self.wanted = set()  # who comes from now on must see what is written until then
+                values = dict(zip("abcdefgh", [*wanted] + 8 * [id]))
+                users = await connection.fetch_all(self.USERS_BY_ID, values)
+                return {user["id"]: dict(user._mapping) for user in users}
 
-class Database:
-    """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
+            self.lookup: Any = asyncio.ensure_future(self.run(self.reads, execute))
+        self.wanted.add(id)
+        found: dict[str, Row] = await asyncio.shield(self.lookup)
+        return found.get(id, {})
 
-    def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
-        self.reads, self.writes = ((anyio.Semaphore(at_once), c) for c in (reader, writer))
-        self.timeout = timeout
-
+    USERS_BY_ID = """
+        SELECT id, email, token_version, created_at FROM users
+        WHERE id IN (:a, :b, :c, :d, :e, :f, :g, :h)"""
     insert_user = sql("""
         INSERT INTO users (id, email, password_hash, created_at)
         VALUES (:id, :email, :password_hash, :created_at)
         ON CONFLICT (email) DO NOTHING RETURNING id, email, created_at""")
     find_user_by_email = sql("""
         SELECT id, password_hash, token_version FROM users WHERE email = :email""")
-    find_user_by_id = sql("SELECT id, email, token_version, created_at FROM users WHERE id = :id")
     # {} if the user has changed since it was found. :ended is 1 to end all sessions, else 0.
     replace_hash = sql("""
         UPDATE users SET password_hash = :new_hash, token_version = token_version + :ended
@@ -324,7 +340,6 @@ class Database:
     keep_secret = sql("""
         INSERT INTO secrets (name, value) VALUES (:name, :value)
         ON CONFLICT (name) DO UPDATE SET name = excluded.name RETURNING value""")
-    find_migration = sql("SELECT version FROM schema_migrations WHERE version = :version")
 
 
 async def migrate(connection: Any, begin: str) -> None:
@@ -354,10 +369,9 @@ async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) 
     drivers = Driver(url, timeout=timeout), Driver(url, timeout=timeout)  # seconds, for a lock
     reader, writer = [await opened.enter_async_context(d.connection()) for d in drivers]
     # Several workers that switch to WAL at once get "locked", without a wait.
-    locked = tenacity.retry_if_exception(lambda exc: "locked" in str(exc))
-    stop = tenacity.stop_after_delay(timeout)
-    retrying = tenacity.AsyncRetrying(retry=locked, stop=stop, reraise=True)
-    await retrying(writer.fetch_one, "PRAGMA journal_mode = WAL")
+    locked = tenacity.retry_if_exception_message(match=".*locked")
+    waiting = tenacity.retry(retry=locked, stop=tenacity.stop_after_delay(timeout), reraise=True)
+    await waiting(writer.fetch_one)("PRAGMA journal_mode = WAL")
     await writer.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
     await migrate(writer, "BEGIN IMMEDIATE")
     return Database(lambda: reader, lambda: writer, 1, timeout)
@@ -393,14 +407,21 @@ MAX_UPSTREAM_BYTES = 2**20
 HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 
 
+class TransientError(ExternalServiceError): ...  # worth another attempt, after `retry_after`
+
+
+class RejectionError(ExternalServiceError): ...  # a 4xx: not well asked, a sign of life
+
+
 class Circuit(CircuitBreakerListener):
-    """pybreaker for coroutines. It counts what happens while it calls a function, which cannot
-    await; so the call is awaited first, its outcome reported after. By hand: one probe only; no
-    heed to a call from before the last change (`epoch`), or a cancelled one; monotonic time."""
+    """pybreaker for coroutines: an attempt is awaited first, then pybreaker calls its result. By
+    hand: one probe only; no heed to who began before the last change (`epoch`); monotonic time."""
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
-        self.breaker = CircuitBreaker(fail_max, listeners=[self], throw_new_error_on_trip=False)
-        self.reset_seconds, self.changed_at, self.state = reset_seconds, 0.0, "closed"
+        options: Any = {"listeners": [self], "exclude": [RejectionError]}
+        self.breaker = CircuitBreaker(fail_max, throw_new_error_on_trip=False, **options)
+        self.state: Literal["closed", "open", "half-open"] = "closed"
+        self.reset_seconds, self.changed_at = reset_seconds, 0.0
         self.epoch, self.is_probing = 0, False
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
@@ -408,32 +429,26 @@ class Circuit(CircuitBreakerListener):
         log_event("circuit_changed", f"circuit {self.state}", None, logging.WARNING)
 
     @property
-    def retry_after(self) -> float:
-        """Seconds until a call may probe; 0 unless open."""
+    def retry_after(self) -> int:
+        """Seconds until a call may probe, rounded up; 0 unless open."""
         left = self.changed_at + self.reset_seconds - time.monotonic()
-        return max(0.0, left) if self.state == "open" else 0.0
+        return max(0, math.ceil(left)) if self.state == "open" else 0
 
     async def call(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Await the attempt, if it is let through. Raises: ExternalServiceError."""
         if self.retry_after > 0 or self.is_probing:
-            raise ExternalServiceError("circuit_open", retry_after=self.retry_after)
+            raise ExternalServiceError("circuit_open", self.retry_after)
         if self.state == "open":
             self.breaker.half_open()
         is_probe = self.is_probing = self.state == "half-open"
-        epoch = self.epoch
+        epoch, outcome = self.epoch, asyncio.get_running_loop().create_future()
         try:
-            result, error = await attempt(), None
+            outcome.set_result(await attempt())
         except ExternalServiceError as exc:
-            result, error = None, exc
+            outcome.set_exception(exc)
         finally:
             self.is_probing &= not is_probe
-        if epoch == self.epoch:
-            with suppress(ExternalServiceError), self.breaker.calling():
-                if error is not None and error.is_failure:
-                    raise error
-        if error is not None:
-            raise error
-        return result
+        return self.breaker.call(outcome.result) if epoch == self.epoch else outcome.result()
 
 
 class ExternalClient:
@@ -449,23 +464,18 @@ class ExternalClient:
 
     async def fetch(self) -> Any:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
-        settings, circuit = self.settings, self.circuit
+        circuit, seconds = self.circuit, self.settings.external_deadline_seconds
         if circuit.retry_after > 0:  # at once, without the cost of what follows
-            raise ExternalServiceError("circuit_open", retry_after=circuit.retry_after)
-        ends = time.monotonic() + settings.external_deadline_seconds
-        deadline = tenacity.stop_before_delay(settings.external_deadline_seconds)
+            raise ExternalServiceError("circuit_open", circuit.retry_after)
+        attempts = tenacity.stop_after_attempt(self.settings.external_attempts)
+        deadline, ends = tenacity.stop_before_delay(seconds), time.monotonic() + seconds
         jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full"
-
-        def wait(retry: tenacity.RetryCallState) -> float:
-            asked = getattr(retry.outcome and retry.outcome.exception(), "wait", None)
-            return jitter(retry) if asked is None else float(asked)
-
-        def is_worth_it(exc: BaseException) -> bool:
-            return getattr(exc, "retry", False) and circuit.state == "closed"
-
-        stop = tenacity.stop_after_attempt(settings.external_attempts) | deadline
-        retry = tenacity.retry_if_exception(is_worth_it)
-        retrying = tenacity.AsyncRetrying(stop=stop, wait=wait, retry=retry, reraise=True)
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(TransientError),
+            wait=lambda call: jitter(call) + cast(Any, call.outcome).exception().retry_after,
+            stop=lambda call: attempts(call) or deadline(call) or circuit.state != "closed",
+            reraise=True,
+        )
         return await retrying(circuit.call, lambda: self.get(ends))
 
     async def get(self, ends: float) -> Any:
@@ -478,9 +488,9 @@ class ExternalClient:
                 async with self.http.stream("GET", self.url, headers=headers) as response:
                     return await self.read(response)
         except TimeoutError:
-            raise ExternalServiceError("external_timeout", retry=True) from None
+            raise TransientError("external_timeout") from None
         except httpx.TransportError:
-            raise ExternalServiceError("external_service_error", retry=True) from None
+            raise TransientError("external_service_error") from None
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
             raise ExternalServiceError("external_service_error") from None
 
@@ -488,10 +498,12 @@ class ExternalClient:
         """Let successes with a body pass, before httpx looks where a redirect leads."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
         if status >= 500 or status in (408, 429):
-            asked = float(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else None
-            raise ExternalServiceError("external_service_error", retry=True, wait=asked)
-        if not 200 <= status < 300 or status == 204:  # a 4xx, however, is a sign of life
-            raise ExternalServiceError("external_service_error", is_failure=status < 400)
+            seconds = int(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else 0
+            raise TransientError("external_service_error", seconds)
+        if status >= 400:
+            raise RejectionError("external_service_error")
+        if not 200 <= status < 300 or status == 204:
+            raise ExternalServiceError("external_service_error")
 
     async def read(self, response: httpx.Response) -> Any:
         """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
@@ -523,25 +535,23 @@ class Passwords:
         cores = os.cpu_count() or 1
         self.rounds, self.threads = rounds, anyio.CapacityLimiter(cores)
         self.places = anyio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
-        self.decoy = self.hash_now("")
+        self.decoy = f"$2b${rounds:02}${'.' * 53}"  # nobody's, but as slow as any
 
     def digest(self, password: str) -> bytes:
         """64 of the 72 bytes that bcrypt sees: all counts. Keyed: leaked digests do not help."""
-        normal = unicodedata.normalize("NFC", password).encode()
-        return hmac.digest(b"service.py: password", normal, "sha256").hex().encode()
+        return hmac.digest(b"service.py: password", password.encode(), "sha256").hex().encode()
 
     def place(self) -> anyio.Semaphore:
         """A place among those who may hash. Raises: overloaded, at once, if none is left."""
         if not self.places.value:
-            raise ServiceError("overloaded", retry_after=2)
+            raise ServiceError("overloaded", 2)
         return self.places
 
-    def hash_now(self, password: str) -> str:
-        return bcrypt.hashpw(self.digest(password), bcrypt.gensalt(self.rounds)).decode()
-
     async def hash(self, password: str) -> str:
+        digest, salt = self.digest(password), bcrypt.gensalt(self.rounds)
         async with self.place():
-            return await anyio.to_thread.run_sync(self.hash_now, password, limiter=self.threads)
+            raw = await anyio.to_thread.run_sync(bcrypt.hashpw, digest, salt, limiter=self.threads)
+        return raw.decode()
 
     async def verify(self, password: str, stored: str) -> bool:
         """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
@@ -559,8 +569,8 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
     passwords: Passwords
     token_secret: str
 
-    async def verify_password(self, email: str, address: str, password: str) -> Row:
-        """Return the user if the password is right; till then the attempt counts as a failure."""
+    async def authenticate(self, email: str, address: str, password: str, refusal: str) -> Row:
+        """Return the user; until then, count a failure. Raises: AuthError; too_many_attempts."""
         now, most = int(time.time()), self.settings.login_max_failures
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
@@ -569,21 +579,21 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
                 row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
                     log_event("login_throttled", "too many failures", None, logging.WARNING)
-                    raise ServiceError("too_many_attempts", retry_after=row["window_ends_at"] - now)
+                    raise ServiceError("too_many_attempts", row["window_ends_at"] - now)
             user = await self.db.find_user_by_email(email=email)
             if not await self.passwords.verify(password, user.get("password_hash", "")):
                 log_event("login_failed", "wrong password", user.get("id"), logging.WARNING)
-                return {}
-        await self.db.forgive_attempt(email=email, address=address)
+                raise AuthError(refusal)
+            await self.db.forgive_attempt(email=email, address=address)
         return user
 
     def check_new_password(self, field: str, password: str) -> None:
         """Raises: ValidationError."""
-        least, normal = self.settings.password_min_length, unicodedata.normalize("NFC", password)
-        if not least <= len(normal) <= 128:
+        least = self.settings.password_min_length
+        if not least <= len(password) <= 128:
             why = f"A password has {least} to 128 characters."
             errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
-            raise ValidationError("invalid_request", members={"errors": errors})
+            raise ValidationError("invalid_request", errors=errors)
 
     def issue_token(self, user: Row) -> str:
         """A JWT (RFC 7519), as RFC 8725 advises; `ver` ends it when the user's has moved on."""
@@ -612,6 +622,7 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
 # ==== 7 Middleware ====================================================================
 # One, plain ASGI. What it learns it tells the routes, through scope["state"].
 BODY_SECONDS = 5  # for a whole body to arrive
+NO_STORE = (b"cache-control", b"no-store")  # tokens and accounts are nobody else's
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PUBLIC_PATHS = {  # everything else needs a token
     *("/api/v1/auth/register", "/api/v1/auth/login", "/health/live", "/health/ready"),
@@ -619,13 +630,14 @@ PUBLIC_PATHS = {  # everything else needs a token
 }
 
 
-def limit_body(headers: Headers, receive: Receive, max_bytes: int) -> Receive:
+def limit_body(request: Request, receive: Receive) -> Receive:
     """Bound a body in size and in time. Raises: body_too_large; request_timeout, from receive()."""
+    headers, left = request.headers, request.app.state.settings.max_body_bytes
     if "content-length" not in headers and "transfer-encoding" not in headers:
         return receive
-    if int(headers.get("content-length", 0)) > max_bytes:
+    if int(headers.get("content-length", 0)) > left:
         raise ServiceError("body_too_large")
-    ends, left = time.monotonic() + BODY_SECONDS, max_bytes
+    ends = time.monotonic() + BODY_SECONDS
 
     async def limited_receive() -> Message:
         nonlocal ends, left
@@ -644,16 +656,16 @@ def limit_body(headers: Headers, receive: Receive, max_bytes: int) -> Receive:
     return limited_receive
 
 
-async def check_token(headers: Headers, scope: Scope) -> None:
+async def check_token(request: Request) -> None:
     """Closed by default: what is not public needs a valid token. Raises: AuthError."""
-    if scope["path"][len(scope.get("root_path", "")) :] in PUBLIC_PATHS:
+    if request.scope["path"][len(request.scope.get("root_path", "")) :] in PUBLIC_PATHS:
         return
-    sent = headers.getlist("authorization")
-    scheme, _, token = (sent[0] if len(sent) == 1 else "bearer" * len(sent)).partition(" ")
-    if scheme.lower().startswith("bearer"):
-        user = await scope["app"].state.services.find_token_user(token.strip())
-        scope["state"].update(user=user, user_id=user["id"])
-    elif any(route.matches(scope)[0].name == "FULL" for route in scope["app"].routes):
+    # Two headers are one, with a comma (RFC 9110, 5.3), and no token has that.
+    scheme, _, token = ",".join(request.headers.getlist("authorization")).partition(" ")
+    if scheme.lower() == "bearer":
+        request.state.user = await request.app.state.services.find_token_user(token.strip(" "))
+        request.state.user_id = request.state.user["id"]
+    elif any(route.matches(request.scope)[0].name == "FULL" for route in request.app.routes):
         raise AuthError("not_authenticated")  # else there is nothing to protect: 404 or 405
 
 
@@ -666,8 +678,8 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status, headers = time.perf_counter(), 0, Request(scope).headers
-        sent_id = headers.get("x-request-id", "")
+        began, status, request = time.perf_counter(), 0, Request(scope)
+        sent_id = request.headers.get("x-request-id", "")
         request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
         client = scope["client"][0] if scope.get("client") else "-"
         state = scope["state"] = {**scope.get("state", {}), "client": client, "user_id": None}
@@ -676,15 +688,15 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"].append((b"x-request-id", request_id.get().encode()))
+                message["headers"] += [(b"x-request-id", request_id.get().encode()), NO_STORE]
             await send(message)
 
         try:
-            receive = limit_body(headers, receive, scope["app"].state.settings.max_body_bytes)
-            await check_token(headers, scope)
+            receive = limit_body(request, receive)
+            await check_token(request)
             await self.app(scope, receive, send_with_id)
         except Exception as exc:
-            if isinstance(exc, AuthError) and "authorization" in headers:
+            if isinstance(exc, AuthError) and "authorization" in request.headers:
                 log_event("token_refused", exc.detail, None, logging.WARNING)
             elif not isinstance(exc, ServiceError):
                 logger.exception("unhandled error")
@@ -718,7 +730,9 @@ SPECIAL_USE_DOMAIN_NAMES.clear()  # .test and .local are good syntax, too
 Address = Body(max_length=254, examples=["ada@example.com"], json_schema_extra={"format": "email"})
 Email = Annotated[str, Address, pydantic.AfterValidator(normalise_email)]
 # 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
-Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"])]
+NFC = pydantic.AfterValidator(lambda value: unicodedata.normalize("NFC", value))
+Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"]), NFC]
+ExternalData = Annotated[dict[str, Any], Field(examples=[{"data": {"message": "Hello."}}])]
 Flag = Annotated[bool, Body(embed=True, strict=True)]
 router, BODY = APIRouter(), (408, 413, 422)
 
@@ -737,7 +751,7 @@ class TokenResponse(BaseModel):
 
 @router.post("/api/v1/auth/register", status_code=201, responses=answers(409, *BODY))
 async def register(email: Email, password: Password, services: InServices) -> UserResponse:
-    """Create an account. The email is kept in lower case; a 201 means that it is on disk."""
+    """Create an account. The password has PASSWORD_MIN_LENGTH (8) to 128 characters."""
     services.check_new_password("password", password)
     new = {"id": str(uuid.uuid4()), "created_at": datetime.now(timezone.utc).isoformat()}
     new["password_hash"] = await services.passwords.hash(password)
@@ -750,18 +764,15 @@ async def register(email: Email, password: Password, services: InServices) -> Us
 
 @router.post("/api/v1/auth/login", responses=answers(401, 429, *BODY))
 async def log_in(
-    email: Email, password: Password, services: InServices, request: Request, response: Response
+    email: Email, password: Password, services: InServices, request: Request
 ) -> TokenResponse:
     """Exchange email and password for a token; paste it under "Authorize" to try the rest. After
     LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most."""
-    user = await services.verify_password(email, request.state.client, password)
-    if not user:
-        raise AuthError("invalid_credentials")
+    user = await services.authenticate(email, request.state.client, password, "invalid_credentials")
     if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # they have been raised
         renewed = await services.passwords.hash(password)
         await services.db.replace_hash(**user, new_hash=renewed, ended=0)
     log_event("login_succeeded", "logged in", user["id"])
-    response.headers["Cache-Control"] = "no-store"
     token, seconds = services.issue_token(user), services.settings.jwt_expires_seconds
     return TokenResponse(access_token=token, expires_in=seconds)
 
@@ -779,9 +790,7 @@ async def change_password(
     """Replace the password and end every session, this one too."""
     services.check_new_password("new_password", new_password)
     email, address = request.state.user["email"], request.state.client
-    user = await services.verify_password(email, address, current_password)
-    if not user:
-        raise AuthError("wrong_password")
+    user = await services.authenticate(email, address, current_password, "wrong_password")
     renewed = await services.passwords.hash(new_password)
     if not await services.db.replace_hash(**user, new_hash=renewed, ended=1):
         raise AuthError("invalid_token")  # another change was quicker, and ended this session
@@ -795,10 +804,6 @@ async def log_out(request: Request, services: InServices) -> None:
     log_event("logged_out", "logged out", request.state.user_id)
 
 
-class ExternalData(BaseModel):
-    data: Any = Field(examples=[{"message": "Hello from the demo upstream."}])
-
-
 class CircuitStatus(BaseModel):
     state: Literal["closed", "open", "half-open"]
     failures: int = Field(description="Failed attempts in a row.")
@@ -807,9 +812,9 @@ class CircuitStatus(BaseModel):
 
 
 @router.get("/api/v1/external/data", responses=answers(502, 504))
-async def fetch_external_data(services: InServices) -> ExternalData:
+async def fetch_external_data(request: Request) -> ExternalData:
     """Call the external API: with retries, within a deadline, behind a circuit breaker."""
-    return ExternalData(data=await services.external.fetch())
+    return {"data": await request.app.state.services.external.fetch()}  # the quick way to them
 
 
 @router.get("/api/v1/external/status")
@@ -817,8 +822,7 @@ async def show_circuit(services: InServices) -> CircuitStatus:
     """The circuit of the process that answers. Open stays open until a call probes."""
     circuit = services.external.circuit
     counts = {"failures": circuit.breaker.fail_counter, "fail_max": circuit.breaker.fail_max}
-    left = math.ceil(circuit.retry_after)
-    return CircuitStatus(state=cast(Any, circuit.state), **counts, retry_after_seconds=left)
+    return CircuitStatus(state=circuit.state, **counts, retry_after_seconds=circuit.retry_after)
 
 
 @router.get("/health/live")
@@ -830,7 +834,7 @@ async def check_liveness() -> dict[str, str]:
 @router.get("/health/ready")
 async def check_readiness(services: InServices) -> dict[str, str]:
     """The database answers, too."""
-    await services.db.find_migration(version=1)
+    await services.db.find_user_by_id(id="")
     return {"status": "ok"}
 
 
@@ -862,7 +866,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's openapi.json, with what holds for all: tags, locks, errors, password lengths."""
+    """FastAPI's openapi.json, with what holds for all: tags, locks, errors."""
     schema, text = FastAPI.openapi(app), {"type": "string"}
     for path, operations in schema["paths"].items():
         for operation in operations.values():
@@ -871,13 +875,9 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].update(answers(401))
                 operation["security"] = [{"token": []}]
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    models = schema["components"]["schemas"]
     fields: dict[str, Any] = dict.fromkeys(("type", "title", "detail", "code", "request_id"), text)
     fields.update(status={"type": "integer"}, errors={"type": "array", "items": {"type": "object"}})
-    models["Problem"] = {"type": "object", "properties": fields}
-    lengths = {"minLength": app.state.settings.password_min_length, "maxLength": 128}
-    models["Body_register"]["properties"]["password"].update(lengths)
-    models["Body_change_password"]["properties"]["new_password"].update(lengths)
+    schema["components"]["schemas"]["Problem"] = {"type": "object", "properties": fields}
     return schema
 
 
