@@ -7,9 +7,8 @@ The way of a request, and so the order of this file's second half:
               body limit,              (retries, circuit breaker)
               token check, access record, every last error
 
-First the vocabulary, each section readable alone: 1 Settings, 2 Logging, 3 Errors, 4 Database,
-5 External client, 6 Security. Then the request: 7 Middleware, 8 Routes (each beside its models),
-9 App (start, stop, everything together). Nothing is used before it is defined."""
+First the vocabulary: 1 Settings, 2 Logging, 3 Errors, 4 Database, 5 External client, 6 Security.
+Then the request: 7 Middleware, 8 Routes, 9 App. Nothing is used before it is defined."""
 
 import asyncio
 import hmac
@@ -37,17 +36,17 @@ import asyncpg  # type: ignore[import-untyped]
 import bcrypt
 import httpx
 import jwt
-import pydantic
 import tenacity
 from databases import Database as Driver, DatabaseURL
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
-from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pybreaker import CircuitBreaker, CircuitBreakerListener
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import AfterValidator, AnyHttpUrl, BaseModel, BeforeValidator, Field, SecretStr
 from pydantic_core import from_json, to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # ==== 1 Settings ======================================================================
@@ -56,7 +55,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-URL = r"^(sqlite:///[^:?#][^?#]*|postgresql://[^/?#]+/[^/?#]+(\?(&?(ssl|max_size)=[\w-]+)+)?)$"
+SERVER = r"([^][/?#@:]+(:[^][/?#@:]*)?@)?([^][/?#@:]+|\[[\da-f:]+\])(:\d+)?/[^][/?#@:]+"
+URL = rf"sqlite:///[^:?#][^?#]*|postgresql://(?=[!-~]+$){SERVER}(\?(&?(ssl|max_size)=[\w-]+)+)?"
 
 
 class Settings(BaseSettings):
@@ -64,7 +64,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
     environment: Literal["development", "production", "test"] = "development"
-    database_url: Annotated[str, Field(pattern=URL)] = "sqlite:///service.db"
+    database_url: str = "sqlite:///service.db"  # or postgresql://user:password@host/name
     database_timeout_seconds: Seconds = 5  # a statement, its queue and its locks; then 503
     jwt_secret: Optional[SecretStr] = None  # None: a random one; required in production
     jwt_expires_seconds: Annotated[int, Field(ge=1, le=315_360_000)] = 86400
@@ -73,32 +73,33 @@ class Settings(BaseSettings):
     login_max_failures: Count = 5  # on an email from one address, in a window
     login_window_seconds: Count = 300
     max_body_bytes: Annotated[int, Field(ge=1, le=2**30)] = 65536  # a larger body: 413
-    external_api_url: Optional[pydantic.AnyHttpUrl] = None  # None: the demo upstream
+    external_api_url: Optional[AnyHttpUrl] = None  # None: the demo upstream
     external_timeout_seconds: Seconds = 2  # one attempt, from first to last byte
     external_deadline_seconds: Seconds = 5  # the whole call, attempts and waits
     external_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     breaker_fail_max: Count = 5  # failed attempts in a row that open the circuit
     breaker_reset_seconds: Seconds = 30  # how long it stays open before one probe
-    log_level: Annotated[Level, pydantic.BeforeValidator(str.upper)] = "INFO"
+    log_level: Annotated[Level, BeforeValidator(str.upper)] = "INFO"
     log_format: Literal["text", "json"] = "text"
 
-    @pydantic.model_validator(mode="after")
-    def check_production(self) -> "Settings":
-        """A key is at least as long as the hash (RFC 7518, 3.2)."""
-        if self.jwt_secret and len(self.jwt_secret.get_secret_value().encode()) < 32:
+    def model_post_init(self, _: Any) -> None:
+        """What takes more than a type. A key is as long as its hash or longer (RFC 7518, 3.2)."""
+        if not re.fullmatch(URL, self.database_url):
+            raise ValueError("DATABASE_URL: use sqlite:///path or postgresql://user:pass@host/db")
+        if self.jwt_secret and len(os.fsencode(self.jwt_secret.get_secret_value())) < 32:
             raise ValueError("JWT_SECRET must have 32 bytes or more; try: openssl rand -hex 32")
-        for name in ("jwt_secret", "external_api_url"):
-            if self.environment == "production" and getattr(self, name) is None:
-                raise ValueError(f"{name.upper()} is required in production")
-        return self
+        missing = [n for n in ("jwt_secret", "external_api_url") if getattr(self, n) is None]
+        if missing and self.environment == "production":
+            raise ValueError(f"{' and '.join(missing).upper()}: required in production")
 
 
 def load_settings() -> Settings:
     """Read them, or end the process with one message that names the variables, not the values."""
     try:
         return Settings()
-    except pydantic.ValidationError as exc:
-        wrong = [f"{''.join(map(str, e['loc'][:1])).upper()} {e['msg']}" for e in exc.errors()]
+    except ValueError as exc:  # pydantic's, or that of a file which is not UTF-8
+        errors = getattr(exc, "errors", lambda: [{"loc": [".env"], "msg": "is not UTF-8"}])()
+        wrong = [f"{' '.join(e['loc']).upper()} {e['msg']}" for e in errors]
         raise SystemExit(f"service: not started: {'; '.join(wrong)}") from None
 
 
@@ -120,18 +121,19 @@ class StdoutHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """One JSON object; or text, in which only the service itself can begin a line."""
-        moment, rid = datetime.fromtimestamp(record.created, timezone.utc), request_id.get()
-        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
         # Starlette hands over a failed start as a traceback; the sentence at its end is enough.
         message = record.getMessage().rpartition("StartError: ")[2].strip()
         dropped, self.dropped = self.dropped, 0
         message += f" ({dropped} records before this were dropped)" if dropped else ""
+        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
+        entry = {"time": moment, "level": record.levelname, "logger": record.name}
+        entry.update(message=message, request_id=request_id.get(), **getattr(record, "fields", {}))
+        if record.exc_info:
+            entry["traceback"] = logging.Formatter().formatException(record.exc_info)
         if self.log_format == "json":
-            entry = {"time": moment.isoformat(), "level": record.levelname, "logger": record.name}
-            entry.update(message=message, request_id=rid, **getattr(record, "fields", {}))
-            return json.dumps({**entry, "traceback": trace} if trace else entry)
-        line = f"{moment.isoformat()} {record.levelname:8} [{rid}] {json.dumps(message)[1:-1]}"
-        return line + ("\n" + trace).replace("\n", "\n    ") if trace else line
+            return json.dumps(entry)
+        lines = [json.dumps(message)[1:-1], *entry.get("traceback", "").splitlines()]
+        return "{time} {level:8} [{request_id}] ".format(**entry) + "\n    ".join(lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.tasks.qsize() >= self.limit:
@@ -158,12 +160,13 @@ def configure_logging(settings: Settings) -> None:
     for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [], name != "uvicorn.access"
-        log.setLevel(settings.log_level)
+        log.setLevel(min(logging.getLevelName(settings.log_level), logging.ERROR))
 
 
-def log_event(event: str, detail: str, user_id: Optional[str], level: int = 20) -> None:
+def log_event(event: str, user_id: str = "", detail: str = "", level: int = logging.INFO) -> None:
     """A security event: a word for programs, whom it concerns, and nothing secret."""
-    logger.log(level, detail, extra={"fields": {"event": event, "user_id": user_id}})
+    fields = {"event": event, "user_id": user_id or None}
+    logger.log(level, " ".join(filter(None, (event, user_id, detail))), extra={"fields": fields})
 
 
 # ==== 3 Errors ========================================================================
@@ -191,17 +194,22 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 }
 
 
-class ServiceError(HTTPException):  # Starlette's: nothing else leaves receive() unchanged
+class ServiceError(HTTPException):
     def __init__(self, code: str, retry_after: int = 0, **members: Any) -> None:
         """`retry_after` in seconds; `members`: more of the body, never what was sent."""
-        (status, sentence), headers = ERRORS[code], {}
+        (status, detail), headers = ERRORS[code], {}
         if status in (429, 503):
             headers["Retry-After"] = str(max(1, retry_after))
         if status == 401:  # RFC 6750, 3: with `error` only if a token was sent
-            sent = ', error="invalid_token"' if code.endswith("_token") else ""
-            headers["WWW-Authenticate"] = f'Bearer realm="service"{sent}'
+            error = ', error="invalid_token"' if code.endswith("_token") else ""
+            headers["WWW-Authenticate"] = f'Bearer realm="service"{error}'
+        super().__init__(status, detail, headers)
         self.code, self.retry_after, self.members = code, retry_after, members
-        super().__init__(status, sentence, headers)
+
+    def describe(self) -> dict[str, Any]:  # as RFC 9457 does
+        title, rid = HTTPException(self.status_code).detail, request_id.get()
+        body = {"type": "about:blank", "title": title, "status": self.status_code}
+        return {**body, "detail": self.detail, "code": self.code, "request_id": rid, **self.members}
 
 
 class AuthError(ServiceError): ...  # who is asking, and may they?
@@ -214,35 +222,31 @@ class ExternalServiceError(ServiceError): ...  # what the external API did
 
 
 async def problem_response(_: Any, exc: Exception) -> Response:
-    """Answer any exception in the one shape (RFC 9457), Starlette's and FastAPI's too."""
-    error: Any = exc
+    """Answer any exception in the one shape: ours, Starlette's, FastAPI's, and a bug."""
+    error, status = cast(Any, exc), getattr(exc, "status_code", 500)
+    if status == 400:  # FastAPI could not read the body
+        exc = RequestValidationError([{"loc": ["body"], "msg": "No JSON.", "type": "json_invalid"}])
     if isinstance(exc, RequestValidationError):
         errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in exc.errors()]
         error = ValidationError("invalid_request", errors=errors)
-    elif getattr(exc, "status_code", 500) == 400:
-        errors = [{"loc": ["body"], "msg": "Not JSON.", "type": "json_invalid"}]
-        error = ValidationError("invalid_request", errors=errors)
     elif not isinstance(exc, ServiceError):
         codes = {404: "not_found", 405: "method_not_allowed"}
-        error = ServiceError(codes.get(getattr(exc, "status_code", 500), "internal_error"))
+        error = ServiceError(codes.get(status, "internal_error"))
         error.headers = getattr(exc, "headers", None)  # Allow
-    title, status = HTTPException(error.status_code).detail, error.status_code
-    body = {"type": "about:blank", "title": title, "status": status, "detail": error.detail}
-    body.update(code=error.code, request_id=request_id.get(), **error.members)
-    return Response(to_json(body), status, error.headers, "application/problem+json")
+    body, content_type = to_json(error.describe()), "application/problem+json"
+    return Response(body, error.status_code, error.headers, content_type)
 
 
 def answers(*statuses: int) -> dict[Any, Any]:
     """What openapi.json is to say of errors with these statuses."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    codes = {s: [code for code, (status, _) in ERRORS.items() if status == s] for s in statuses}
-    return {str(s): {"description": ", ".join(codes[s]), "content": content} for s in statuses}
+    codes = {s: ", ".join(code for code in ERRORS if ERRORS[code][0] == s) for s in statuses}
+    return {str(s): {"description": codes[s], "content": content} for s in statuses}
 
 
 # ==== 4 Database ======================================================================
-# Raw SQL through `databases`, one method a statement. Single statements and constraints keep all
-# promises, so no transaction is left open. SQLite: two held connections, so that reads go on while
-# a write waits. PostgreSQL: a pool. To change the schema, see schema.sql.
+# Raw SQL through `databases`, a method a statement: constraints keep the promises, no transaction
+# stays open. SQLite: two held connections, so that reads go on while a write waits. Or a pool.
 Row = dict[str, Any]
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -267,21 +271,23 @@ class Database:
     """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
 
     def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
-        self.reads, self.writes = ((anyio.Semaphore(at_once), c) for c in (reader, writer))
-        self.timeout, self.wanted = timeout, set[str]()
+        """`reader`, `writer`: give a connection, to `at_once` statements; `timeout`: in seconds."""
+        self.reads = anyio.Semaphore(at_once), reader
+        self.writes = anyio.Semaphore(at_once), writer
+        self.timeout, self.asked = timeout, set[str]()  # whom a look-up will find, when it begins
 
     async def run(self, lane: Any, execute: Callable[[Any], Awaitable[Any]]) -> Any:
-        """Wait for a turn and a connection in the lane, and let `execute` use it."""
-        begun: list[Any] = []
+        """Wait for a turn and a connection, and let `execute` use it."""
+        (turns, connect), begun = lane, list[Any]()
 
-        async def take_turn() -> Any:
-            async with lane[0], lane[1]() as connection:
+        async def wait_and_execute() -> Any:
+            async with turns, connect() as connection:
                 begun.append(connection.raw_connection)
                 return await execute(connection)
 
         # A task: to wait for a cancelled statement can take for ever (PostgreSQL frozen). Too late,
         # it is cancelled if it queues; if it has begun, SQLite ends it, or its connection is cut.
-        task = asyncio.ensure_future(take_turn())
+        task = asyncio.ensure_future(wait_and_execute())
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.wait_for(asyncio.shield(task), self.timeout)
@@ -290,24 +296,25 @@ class Database:
         if not begun:
             task.cancel()
         elif not task.done() and isinstance(begun[0], asyncpg.Connection):
-            begun[0].terminate()
+            with suppress(asyncpg.InterfaceError):  # it was released at this very moment
+                begun[0].terminate()
         logger.warning("database: %s", why)
         raise ServiceError("database_unavailable")
 
     async def find_user_by_id(self, id: str) -> Row:
         """Every request asks this, and most of a statement's cost is its way to the driver's thread
-        and back. So one goes for all who ask before it begins, for eight users at most."""
-        if len(self.wanted) in (0, 8) or self.lookup.done():
-            wanted = self.wanted = {id}
+        and back: so one statement serves all, eight at most, who ask before it begins."""
+        if len(self.asked) in (0, 8) or self.lookup.done():
+            asked = self.asked = {id}
 
-            async def execute(connection: Any) -> dict[str, Row]:
-                self.wanted = set()  # who comes from now on must see what is written until then
-                values = dict(zip("abcdefgh", [*wanted] + 8 * [id]))
-                users = await connection.fetch_all(self.USERS_BY_ID, values)
+            async def look_up(connection: Any) -> dict[str, Row]:
+                self.asked = set()  # who asks from now on must see what is written until then
+                names = dict(zip("abcdefgh", [*asked, *[id] * 8]))
+                users = await connection.fetch_all(self.USERS_BY_ID, names)
                 return {user["id"]: dict(user._mapping) for user in users}
 
-            self.lookup: Any = asyncio.ensure_future(self.run(self.reads, execute))
-        self.wanted.add(id)
+            self.lookup: Any = asyncio.ensure_future(self.run(self.reads, look_up))
+        self.asked.add(id)
         found: dict[str, Row] = await asyncio.shield(self.lookup)
         return found.get(id, {})
 
@@ -320,11 +327,9 @@ class Database:
         ON CONFLICT (email) DO NOTHING RETURNING id, email, created_at""")
     find_user_by_email = sql("""
         SELECT id, password_hash, token_version FROM users WHERE email = :email""")
-    # {} if the user has changed since it was found. :ended is 1 to end all sessions, else 0.
     replace_hash = sql("""
         UPDATE users SET password_hash = :new_hash, token_version = token_version + :ended
-        WHERE id = :id AND password_hash = :password_hash AND token_version = :token_version
-        RETURNING id""")
+        WHERE id = :id AND token_version = :token_version RETURNING id""")
     end_sessions = sql("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
     count_attempt = sql("""
         INSERT INTO login_attempts (email, address, attempts, window_ends_at)
@@ -349,8 +354,8 @@ async def migrate(connection: Any, begin: str) -> None:
     run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
     await run_script(f"{begin}; {table}; COMMIT")
-    _, *parts = re.split(r"^-- migration (\d+): *(.*)$", SCHEMA.read_text("utf-8"), flags=re.M)
-    for version, name, script in zip(map(int, parts[::3]), parts[1::3], parts[2::3]):
+    _, *parts = re.split(r"^-- migration \d+\W*(.*)$", SCHEMA.read_text("utf-8"), flags=re.M)
+    for version, (name, script) in enumerate(zip(parts[::2], parts[1::2]), 1):
         mark = f"INSERT INTO schema_migrations (version) VALUES ({version})"
         is_applied = f"SELECT 1 FROM schema_migrations WHERE version = {version}"
         try:
@@ -360,8 +365,7 @@ async def migrate(connection: Any, begin: str) -> None:
             with suppress(*DRIVER_ERRORS):
                 await raw.execute("ROLLBACK")  # not as a script: SQLite would commit first
             if not await connection.fetch_one(is_applied):  # by another worker, meanwhile
-                why = str(exc).partition("\n")[0]
-                raise StartError(f"schema.sql, migration {version}: {name}: {why}") from None
+                raise StartError(f"schema.sql, migration {version}: {name}: {exc}") from None
 
 
 async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
@@ -383,7 +387,11 @@ async def open_postgresql(url: DatabaseURL, timeout: float, opened: AsyncExitSta
     await pool.connect()
     opened.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
     async with pool.connection() as connection:
+        # Nothing else ends the wait for a server that freezes here, or when it should let us go.
+        cut = asyncio.get_running_loop().call_later(timeout, connection.raw_connection.terminate)
+        opened.callback(cut.cancel)
         await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
+    cut.cancel()
     return Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
 
 
@@ -393,16 +401,15 @@ async def open_database(settings: Settings, opened: AsyncExitStack) -> Database:
     is_sqlite = url.scheme == "sqlite"
     try:
         return await (open_sqlite if is_sqlite else open_postgresql)(url, timeout, opened)
-    except (*DRIVER_ERRORS, ValueError, OverflowError) as exc:
+    except (StartError, *DRIVER_ERRORS, ValueError, OverflowError) as exc:
         place = url.database if is_sqlite else f"{url.hostname}/{url.database}"
         why = str(exc).partition("\n")[0] or "no answer in time"
         raise StartError(f"DATABASE_URL: cannot use {place}: {why}") from None
 
 
 # ==== 5 External client ===============================================================
-# One GET in layers: retries within a deadline > the circuit > one attempt in its time > httpx.
-# The deadline shortens the last attempt rather than cancelling it: a cancelled one would count
-# for nothing, and the circuit never open. For a second API, make a second ExternalClient.
+# One GET: retries within a deadline > the circuit > one attempt in its time > httpx. The deadline
+# shortens the last attempt: if it cancelled it, that would count for nothing, and nothing open.
 MAX_UPSTREAM_BYTES = 2**20
 HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 
@@ -413,42 +420,41 @@ class TransientError(ExternalServiceError): ...  # worth another attempt, after 
 class RejectionError(ExternalServiceError): ...  # a 4xx: not well asked, a sign of life
 
 
-class Circuit(CircuitBreakerListener):
+class Circuit(CircuitBreaker, CircuitBreakerListener):
     """pybreaker for coroutines: an attempt is awaited first, then pybreaker calls its result. By
-    hand: one probe only; no heed to who began before the last change (`epoch`); monotonic time."""
+    hand: one probe only; no heed to who began before the last change of state; monotonic time."""
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
-        options: Any = {"listeners": [self], "exclude": [RejectionError]}
-        self.breaker = CircuitBreaker(fail_max, throw_new_error_on_trip=False, **options)
-        self.state: Literal["closed", "open", "half-open"] = "closed"
-        self.reset_seconds, self.changed_at = reset_seconds, 0.0
-        self.epoch, self.is_probing = 0, False
+        super().__init__(fail_max, exclude=[RejectionError], throw_new_error_on_trip=False)
+        self.reset_seconds, self.changed_at, self.is_probing = reset_seconds, 0.0, False
+        self.add_listener(self)
 
     def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
-        self.epoch, self.changed_at, self.state = self.epoch + 1, time.monotonic(), new_state.name
-        log_event("circuit_changed", f"circuit {self.state}", None, logging.WARNING)
+        self.changed_at = time.monotonic()
+        log_event("circuit_changed", "", new_state.name, logging.WARNING)
 
     @property
-    def retry_after(self) -> int:
-        """Seconds until a call may probe, rounded up; 0 unless open."""
+    def retry_after_seconds(self) -> int:
+        """Until a call may probe, rounded up; 0 unless open."""
         left = self.changed_at + self.reset_seconds - time.monotonic()
-        return max(0, math.ceil(left)) if self.state == "open" else 0
+        return max(0, math.ceil(left)) if self.current_state == "open" else 0
 
-    async def call(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+    async def run(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """Await the attempt, if it is let through. Raises: ExternalServiceError."""
-        if self.retry_after > 0 or self.is_probing:
-            raise ExternalServiceError("circuit_open", self.retry_after)
-        if self.state == "open":
-            self.breaker.half_open()
-        is_probe = self.is_probing = self.state == "half-open"
-        epoch, outcome = self.epoch, asyncio.get_running_loop().create_future()
+        if self.retry_after_seconds > 0 or self.is_probing:
+            raise ExternalServiceError("circuit_open", self.retry_after_seconds)
+        if self.current_state == "open":
+            self.half_open()
+        state = self.state  # an object that is replaced at each change
+        is_probe = self.is_probing = state.name == "half-open"
+        outcome = asyncio.get_running_loop().create_future()
         try:
             outcome.set_result(await attempt())
         except ExternalServiceError as exc:
             outcome.set_exception(exc)
         finally:
-            self.is_probing &= not is_probe
-        return self.breaker.call(outcome.result) if epoch == self.epoch else outcome.result()
+            self.is_probing = self.is_probing and not is_probe
+        return self.call(outcome.result) if state is self.state else outcome.result()
 
 
 class ExternalClient:
@@ -458,25 +464,25 @@ class ExternalClient:
         self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
         self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
         # Time is limited in get(), and waiting for a connection would look like a failure.
-        options: Any = {"timeout": None, "limits": httpx.Limits(max_connections=None)}
-        options["event_hooks"] = {"response": [self.check]}
-        self.http = httpx.AsyncClient(transport=transport, trust_env=False, **options)
+        limits = httpx.Limits(max_connections=None)
+        self.http = httpx.AsyncClient(transport=transport, trust_env=False, limits=limits)
+        self.http.timeout, self.http.event_hooks = None, {"response": [self.check_status]}
 
     async def fetch(self) -> Any:
         """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
         circuit, seconds = self.circuit, self.settings.external_deadline_seconds
-        if circuit.retry_after > 0:  # at once, without the cost of what follows
-            raise ExternalServiceError("circuit_open", circuit.retry_after)
+        if circuit.retry_after_seconds > 0:  # at once, without the cost of what follows
+            raise ExternalServiceError("circuit_open", circuit.retry_after_seconds)
         attempts = tenacity.stop_after_attempt(self.settings.external_attempts)
         deadline, ends = tenacity.stop_before_delay(seconds), time.monotonic() + seconds
         jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full"
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(TransientError),
             wait=lambda call: jitter(call) + cast(Any, call.outcome).exception().retry_after,
-            stop=lambda call: attempts(call) or deadline(call) or circuit.state != "closed",
+            stop=lambda call: attempts(call) or deadline(call) or circuit.current_state != "closed",
             reraise=True,
         )
-        return await retrying(circuit.call, lambda: self.get(ends))
+        return await retrying(circuit.run, lambda: self.get(ends))
 
     async def get(self, ends: float) -> Any:
         """One attempt, in its own time and the deadline's. Raises: ExternalServiceError."""
@@ -487,14 +493,12 @@ class ExternalClient:
             with anyio.fail_after(limit):
                 async with self.http.stream("GET", self.url, headers=headers) as response:
                     return await self.read(response)
-        except TimeoutError:
-            raise TransientError("external_timeout") from None
-        except httpx.TransportError:
-            raise TransientError("external_service_error") from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error):  # it sent nonsense
-            raise ExternalServiceError("external_service_error") from None
+        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error) as exc:
+            code = "external_timeout" if isinstance(exc, TimeoutError) else "external_service_error"
+            may_pass = isinstance(exc, (TimeoutError, httpx.TransportError))
+            raise (TransientError if may_pass else ExternalServiceError)(code) from None
 
-    async def check(self, response: httpx.Response) -> None:
+    async def check_status(self, response: httpx.Response) -> None:
         """Let successes with a body pass, before httpx looks where a redirect leads."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
         if status >= 500 or status in (408, 429):
@@ -522,9 +526,8 @@ class ExternalClient:
 
 
 # ==== 6 Security ======================================================================
-# Passwords: bcrypt, in as many threads as there are cores; a bounded number waits, the rest is told
-# to come back. Throttle: counted in the database before anything is hashed. Tokens: JWT; a user's
-# token_version ends them early. No reset, no MFA: they need a mailbox.
+# Passwords: bcrypt, in a thread a core; a bounded number waits. Throttle: counted in the database
+# before anything is hashed. Tokens: JWT; a user's token_version ends them. No reset, no MFA.
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
 
 
@@ -535,7 +538,6 @@ class Passwords:
         cores = os.cpu_count() or 1
         self.rounds, self.threads = rounds, anyio.CapacityLimiter(cores)
         self.places = anyio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
-        self.decoy = f"$2b${rounds:02}${'.' * 53}"  # nobody's, but as slow as any
 
     def digest(self, password: str) -> bytes:
         """64 of the 72 bytes that bcrypt sees: all counts. Keyed: leaked digests do not help."""
@@ -553,12 +555,17 @@ class Passwords:
             raw = await anyio.to_thread.run_sync(bcrypt.hashpw, digest, salt, limiter=self.threads)
         return raw.decode()
 
-    async def verify(self, password: str, stored: str) -> bool:
-        """Without a hash, or with a damaged one, take as long and say no. Needs a place()."""
-        is_usable = BCRYPT_HASH.fullmatch(stored) is not None
-        digest, known = self.digest(password), (stored if is_usable else self.decoy).encode()
-        same = await anyio.to_thread.run_sync(bcrypt.checkpw, digest, known, limiter=self.threads)
-        return same and is_usable
+    def compare(self, password: str, stored: str) -> bool:
+        """Takes as long without a hash, with a damaged one, or with one of a lower cost."""
+        digest, usable = self.digest(password), BCRYPT_HASH.fullmatch(stored)
+        same = bcrypt.checkpw(digest, stored.encode()) if usable else False
+        # Costs are powers of two, and 2^a + 2^a + 2^(a+1) + ... + 2^(b-1) = 2^b.
+        for cost in range(int(usable[1]), self.rounds) if usable else [self.rounds]:
+            bcrypt.checkpw(digest, f"$2b${cost:02}${'.' * 53}".encode())
+        return same
+
+    async def verify(self, password: str, stored: str) -> bool:  # needs a place()
+        return await anyio.to_thread.run_sync(self.compare, password, stored, limiter=self.threads)
 
 
 class Services(NamedTuple):  # what lives as long as the process: app.state.services
@@ -567,7 +574,7 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
     external: ExternalClient
     demo: dict[str, int]
     passwords: Passwords
-    token_secret: str
+    token_secret: bytes
 
     async def authenticate(self, email: str, address: str, password: str, refusal: str) -> Row:
         """Return the user; until then, count a failure. Raises: AuthError; too_many_attempts."""
@@ -578,22 +585,28 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
             for place, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
                 row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
-                    log_event("login_throttled", "too many failures", None, logging.WARNING)
+                    if place == "*":  # it was not checked, so nothing stands against the address
+                        await self.db.forgive_attempt(email=email, address=address)
+                    log_event("login_throttled", level=logging.WARNING)
                     raise ServiceError("too_many_attempts", row["window_ends_at"] - now)
             user = await self.db.find_user_by_email(email=email)
             if not await self.passwords.verify(password, user.get("password_hash", "")):
-                log_event("login_failed", "wrong password", user.get("id"), logging.WARNING)
+                log_event("login_failed", user.get("id", ""), level=logging.WARNING)
                 raise AuthError(refusal)
             await self.db.forgive_attempt(email=email, address=address)
         return user
 
-    def check_new_password(self, field: str, password: str) -> None:
-        """Raises: ValidationError."""
+    def check_new_password(self, field: str, password: str) -> None:  # raises: ValidationError
         least = self.settings.password_min_length
         if not least <= len(password) <= 128:
-            why = f"A password has {least} to 128 characters."
-            errors = [{"loc": ["body", field], "msg": why, "type": "password_length"}]
-            raise ValidationError("invalid_request", errors=errors)
+            error = {"msg": f"A password has {least} to 128 characters.", "type": "password_length"}
+            raise ValidationError("invalid_request", errors=[{"loc": ["body", field], **error}])
+
+    async def replace_password(self, user: Row, password: str, ended: int) -> Row:
+        """Hash anew, and end all sessions (`ended` 1) or none (0). {} if they have just been."""
+        found = {"id": user["id"], "token_version": user["token_version"]}
+        new_hash = await self.passwords.hash(password)
+        return await self.db.replace_hash(**found, new_hash=new_hash, ended=ended)
 
     def issue_token(self, user: Row) -> str:
         """A JWT (RFC 7519), as RFC 8725 advises; `ver` ends it when the user's has moved on."""
@@ -607,7 +620,7 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
         rules: Any = {"issuer": "service", "audience": "service", "algorithms": ["HS256"]}
         rules["options"] = {"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]}
         try:
-            claims = jwt.decode(token, self.token_secret, **rules)
+            claims = jwt.decode(token, self.token_secret, leeway=2, **rules)  # s, between hosts
             user_id = str(uuid.UUID(claims["sub"]))
         except jwt.ExpiredSignatureError:
             raise AuthError("expired_token") from None
@@ -624,36 +637,33 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
 BODY_SECONDS = 5  # for a whole body to arrive
 NO_STORE = (b"cache-control", b"no-store")  # tokens and accounts are nobody else's
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-PUBLIC_PATHS = {  # everything else needs a token
-    *("/api/v1/auth/register", "/api/v1/auth/login", "/health/live", "/health/ready"),
-    *("/docs", "/redoc", "/openapi.json", "/demo/upstream"),
-}
+PUBLIC_PATHS = {"/api/v1/auth/register", "/api/v1/auth/login", "/demo/upstream"}
+PUBLIC_PATHS |= {"/health/live", "/health/ready", "/docs", "/redoc", "/openapi.json"}
 
 
-def limit_body(request: Request, receive: Receive) -> Receive:
-    """Bound a body in size and in time. Raises: body_too_large; request_timeout, from receive()."""
-    headers, left = request.headers, request.app.state.settings.max_body_bytes
+async def read_body(request: Request, receive: Receive) -> Receive:
+    """Read all, in bounds; return a `receive` that repeats it. Raises: body_too_large, and 408."""
+    headers, limit = request.headers, request.app.state.settings.max_body_bytes
     if "content-length" not in headers and "transfer-encoding" not in headers:
         return receive
-    if int(headers.get("content-length", 0)) > left:
+    length = headers.get("content-length", "0")
+    if len(length) > 10 or int(length) > limit:  # 5,000 zeros are more than int() takes
         raise ServiceError("body_too_large")
-    ends = time.monotonic() + BODY_SECONDS
+    body = bytearray()
+    try:
+        with anyio.fail_after(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise ServiceError("body_too_large")
+    except (TimeoutError, ClientDisconnect):
+        raise ServiceError("request_timeout") from None
+    messages: list[Message] = [{"type": "http.request", "body": bytes(body)}]
 
-    async def limited_receive() -> Message:
-        nonlocal ends, left
-        try:
-            with anyio.fail_after(ends - time.monotonic()):
-                message = await receive()
-        except TimeoutError:
-            raise ServiceError("request_timeout") from None
-        left -= len(message.get("body", b""))
-        if left < 0:
-            raise ServiceError("body_too_large")
-        if not message.get("more_body"):
-            ends = math.inf  # what comes now is the end of the connection
-        return message
+    async def repeat() -> Message:
+        return messages.pop() if messages else await receive()
 
-    return limited_receive
+    return repeat
 
 
 async def check_token(request: Request) -> None:
@@ -664,7 +674,6 @@ async def check_token(request: Request) -> None:
     scheme, _, token = ",".join(request.headers.getlist("authorization")).partition(" ")
     if scheme.lower() == "bearer":
         request.state.user = await request.app.state.services.find_token_user(token.strip(" "))
-        request.state.user_id = request.state.user["id"]
     elif any(route.matches(request.scope)[0].name == "FULL" for route in request.app.routes):
         raise AuthError("not_authenticated")  # else there is nothing to protect: 404 or 405
 
@@ -678,11 +687,11 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status, request = time.perf_counter(), 0, Request(scope)
+        began, status, request = time.perf_counter(), 0, Request(scope, receive)
         sent_id = request.headers.get("x-request-id", "")
         request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
-        client = scope["client"][0] if scope.get("client") else "-"
-        state = scope["state"] = {**scope.get("state", {}), "client": client, "user_id": None}
+        client = scope["client"][0][:64] if scope.get("client") else "-"
+        state = scope["state"] = {**scope.get("state", {}), "client": client, "user": {}}
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -692,29 +701,30 @@ class RequestContext:
             await send(message)
 
         try:
-            receive = limit_body(request, receive)
+            receive = await read_body(request, receive)
             await check_token(request)
             await self.app(scope, receive, send_with_id)
         except Exception as exc:
             if isinstance(exc, AuthError) and "authorization" in request.headers:
-                log_event("token_refused", exc.detail, None, logging.WARNING)
+                log_event("token_refused", "", exc.code, logging.WARNING)
             elif not isinstance(exc, ServiceError):
                 logger.exception("unhandled error")
             if not status:
                 await (await problem_response(None, exc))(scope, receive, send_with_id)
         finally:
-            method, path = scope["method"], scope["raw_path"].decode("ascii", "backslashreplace")
+            # Short enough for a pipe's buffer, or it could be torn between other workers' lines.
+            path = scope["raw_path"][:500].decode("ascii", "backslashreplace")
             ms = round((time.perf_counter() - began) * 1000, 2)
-            fields = {"method": method, "path": path, "status": status, "duration_ms": ms}
-            fields.update(client=client, user_id=state["user_id"])
-            logger.info("%s %s %s %s ms", method, path, status, ms, extra={"fields": fields})
+            fields = {"method": scope["method"], "path": path, "status": status, "duration_ms": ms}
+            fields.update(client=client, user_id=state["user"].get("id"))
+            logger.info(f"{scope['method']} {path} {status} {ms} ms", extra={"fields": fields})
 
 
 # ==== 8 Routes ========================================================================
-# A route validates by its arguments' types, calls the database or the client, returns a model, and
-# names its own errors in answers(...). It needs a token, unless its path is in PUBLIC_PATHS.
-async def get_services(request: Request) -> Any:
-    return request.app.state.services
+# A route validates by its model, calls the database or the client, returns a model, and names its
+# own errors in answers(...). It needs a token, unless its path is in PUBLIC_PATHS.
+router, demo_router = APIRouter(), APIRouter()
+BODY = (408, 413, 422)  # the errors of what has a body
 
 
 def normalise_email(value: str) -> str:
@@ -725,16 +735,13 @@ def normalise_email(value: str) -> str:
         raise ValueError("this is not an email address") from None
 
 
-InServices = Annotated[Services, Depends(get_services)]
 SPECIAL_USE_DOMAIN_NAMES.clear()  # .test and .local are good syntax, too
-Address = Body(max_length=254, examples=["ada@example.com"], json_schema_extra={"format": "email"})
-Email = Annotated[str, Address, pydantic.AfterValidator(normalise_email)]
-# 512, because NFC leaves a quarter of the characters at least, and is slow on what is long.
-NFC = pydantic.AfterValidator(lambda value: unicodedata.normalize("NFC", value))
+EMAIL = Body(max_length=254, examples=["ada@example.com"], json_schema_extra={"format": "email"})
+Email = Annotated[str, EMAIL, AfterValidator(normalise_email)]
+# One password in both its Unicode forms. NFC leaves a quarter of the characters at least, so 512.
+NFC = AfterValidator(lambda value: unicodedata.normalize("NFC", value))
 Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"]), NFC]
-ExternalData = Annotated[dict[str, Any], Field(examples=[{"data": {"message": "Hello."}}])]
 Flag = Annotated[bool, Body(embed=True, strict=True)]
-router, BODY = APIRouter(), (408, 413, 422)
 
 
 class UserResponse(BaseModel):
@@ -743,86 +750,88 @@ class UserResponse(BaseModel):
     created_at: datetime
 
 
-class TokenResponse(BaseModel):
-    access_token: str
-    token_type: Literal["bearer"] = "bearer"
-    expires_in: int = Field(description="Seconds.")
-
-
 @router.post("/api/v1/auth/register", status_code=201, responses=answers(409, *BODY))
-async def register(email: Email, password: Password, services: InServices) -> UserResponse:
+async def register(email: Email, password: Password, request: Request) -> UserResponse:
     """Create an account. The password has PASSWORD_MIN_LENGTH (8) to 128 characters."""
+    services: Services = request.app.state.services
     services.check_new_password("password", password)
     new = {"id": str(uuid.uuid4()), "created_at": datetime.now(timezone.utc).isoformat()}
     new["password_hash"] = await services.passwords.hash(password)
     user = await services.db.insert_user(email=email, **new)
     if not user:
         raise ServiceError("email_taken")
-    log_event("user_registered", "user registered", user["id"])
+    log_event("user_registered", user["id"])
     return UserResponse(**user)
 
 
+class TokenResponse(BaseModel):
+    access_token: str
+    token_type: Literal["bearer"] = "bearer"
+    expires_in: int = Field(description="Seconds.")
+
+
 @router.post("/api/v1/auth/login", responses=answers(401, 429, *BODY))
-async def log_in(
-    email: Email, password: Password, services: InServices, request: Request
-) -> TokenResponse:
-    """Exchange email and password for a token; paste it under "Authorize" to try the rest. After
-    LOGIN_MAX_FAILURES even the right password has to wait, LOGIN_WINDOW_SECONDS at most."""
+async def log_in(email: Email, password: Password, request: Request) -> TokenResponse:
+    """Exchange email and password for a token; paste it under "Authorize" (top right)."""
+    services: Services = request.app.state.services
     user = await services.authenticate(email, request.state.client, password, "invalid_credentials")
     if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # they have been raised
-        renewed = await services.passwords.hash(password)
-        await services.db.replace_hash(**user, new_hash=renewed, ended=0)
-    log_event("login_succeeded", "logged in", user["id"])
+        await services.replace_password(user, password, ended=0)
+    log_event("login_succeeded", user["id"])
     token, seconds = services.issue_token(user), services.settings.jwt_expires_seconds
     return TokenResponse(access_token=token, expires_in=seconds)
 
 
 @router.get("/api/v1/auth/me")
 async def show_account(request: Request) -> UserResponse:
-    """Whose token is it?"""
+    """Return the account that the token belongs to."""
     return UserResponse(**request.state.user)
 
 
 @router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 429, *BODY))
-async def change_password(
-    current_password: Password, new_password: Password, services: InServices, request: Request
+async def set_password(
+    current_password: Password, new_password: Password, request: Request
 ) -> None:
     """Replace the password and end every session, this one too."""
+    services: Services = request.app.state.services
     services.check_new_password("new_password", new_password)
     email, address = request.state.user["email"], request.state.client
     user = await services.authenticate(email, address, current_password, "wrong_password")
-    renewed = await services.passwords.hash(new_password)
-    if not await services.db.replace_hash(**user, new_hash=renewed, ended=1):
+    if not await services.replace_password(user, new_password, ended=1):
         raise AuthError("invalid_token")  # another change was quicker, and ended this session
-    log_event("password_changed", "password changed", user["id"])
+    log_event("password_changed", user["id"])
 
 
 @router.post("/api/v1/auth/logout", status_code=204)
-async def log_out(request: Request, services: InServices) -> None:
+async def log_out(request: Request) -> None:
     """End every session: all tokens issued to the user until now stop working."""
-    await services.db.end_sessions(id=request.state.user_id)
-    log_event("logged_out", "logged out", request.state.user_id)
-
-
-class CircuitStatus(BaseModel):
-    state: Literal["closed", "open", "half-open"]
-    failures: int = Field(description="Failed attempts in a row.")
-    fail_max: int = Field(description="As many open the circuit.")
-    retry_after_seconds: int = Field(description="Until a call may probe; 0 unless open.")
+    await request.app.state.services.db.end_sessions(id=request.state.user["id"])
+    log_event("logged_out", request.state.user["id"])
 
 
 @router.get("/api/v1/external/data", responses=answers(502, 504))
-async def fetch_external_data(request: Request) -> ExternalData:
+async def fetch_external_data(request: Request) -> dict[str, Any]:
     """Call the external API: with retries, within a deadline, behind a circuit breaker."""
-    return {"data": await request.app.state.services.external.fetch()}  # the quick way to them
+    return {"data": await request.app.state.services.external.fetch()}
+
+
+class CircuitStatus(BaseModel, from_attributes=True):
+    state: Literal["closed", "open", "half-open"] = Field(validation_alias="current_state")
+    failures: int = Field(validation_alias="fail_counter", description="Failed attempts in a row.")
+    fail_max: int = Field(description="So many failures open the circuit.")
+    retry_after_seconds: int = Field(description="Until one call may probe; 0 unless open.")
 
 
 @router.get("/api/v1/external/status")
-async def show_circuit(services: InServices) -> CircuitStatus:
+async def show_circuit(request: Request) -> CircuitStatus:
     """The circuit of the process that answers. Open stays open until a call probes."""
-    circuit = services.external.circuit
-    counts = {"failures": circuit.breaker.fail_counter, "fail_max": circuit.breaker.fail_max}
-    return CircuitStatus(state=circuit.state, **counts, retry_after_seconds=circuit.retry_after)
+    return CircuitStatus.model_validate(request.app.state.services.external.circuit)
+
+
+@demo_router.put("/demo/upstream", status_code=204, responses=answers(*BODY))
+async def switch_demo_upstream(failing: Flag, request: Request) -> None:
+    """Make the demo upstream fail, or heal it; fetch external data twice, and see the circuit."""
+    request.app.state.services.demo["status"] = 503 if failing else 200
 
 
 @router.get("/health/live")
@@ -832,25 +841,18 @@ async def check_liveness() -> dict[str, str]:
 
 
 @router.get("/health/ready")
-async def check_readiness(services: InServices) -> dict[str, str]:
-    """The database answers, too."""
-    await services.db.find_user_by_id(id="")
+async def check_readiness(request: Request) -> dict[str, str]:
+    """The process and its database answer."""
+    await request.app.state.services.db.find_user_by_id(id="")
     return {"status": "ok"}
 
 
-async def switch_demo_upstream(failing: Flag, services: InServices) -> None:
-    """Make the demo upstream fail, or heal it. Failing: fetch external data twice, and the circuit
-    opens. Healed: wait for BREAKER_RESET_SECONDS, fetch again, and it closes."""
-    services.demo["status"] = 503 if failing else 200
-
-
 # ==== 9 App ===========================================================================
-# The lifespan opens what lives as long as the process, in the order of need; it is closed in
-# reverse after uvicorn has answered what was begun (SIGTERM).
+# The lifespan opens what lives as long as the process, and closes it after the last answer.
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settings, transport, demo = app.state.settings, app.state.transport, {"status": 200}
-    if transport is None and settings.external_api_url is None:
+    settings, transport, demo = app.state.settings, None, {"status": 200}
+    if settings.external_api_url is None:
         transport = httpx.MockTransport(lambda _: httpx.Response(demo["status"], stream=HELLO))
     async with AsyncExitStack() as opened:
         db = await open_database(settings, opened)
@@ -861,37 +863,34 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
         client, passwords = ExternalClient(settings, transport), Passwords(settings.bcrypt_rounds)
         await opened.enter_async_context(client.http)
-        app.state.services = Services(settings, db, client, demo, passwords, secret)
+        app.state.services = Services(settings, db, client, demo, passwords, os.fsencode(secret))
         yield
 
 
 def describe_api(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's openapi.json, with what holds for all: tags, locks, errors."""
-    schema, text = FastAPI.openapi(app), {"type": "string"}
+    """FastAPI's openapi.json, and what it does not know: our tokens, the shape of our errors."""
+    schema = FastAPI.openapi(app)
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            operation["tags"] = [path.split("/")[-2]]
+            operation["tags"] = [path.replace("/api/v1", "").split("/")[1]]
             if path not in PUBLIC_PATHS:
                 operation["responses"].update(answers(401))
                 operation["security"] = [{"token": []}]
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    fields: dict[str, Any] = dict.fromkeys(("type", "title", "detail", "code", "request_id"), text)
-    fields.update(status={"type": "integer"}, errors={"type": "array", "items": {"type": "object"}})
-    schema["components"]["schemas"]["Problem"] = {"type": "object", "properties": fields}
+    example = ServiceError("invalid_request", errors=[]).describe()
+    problem = {"type": "object", "properties": {name: {} for name in example}, "example": example}
+    schema["components"]["schemas"]["Problem"] = problem
     return schema
 
 
-def create_app(settings: Settings, transport: Optional[httpx.AsyncBaseTransport] = None) -> FastAPI:
-    """Put everything together; `transport` stands in for the network to the external API."""
+def create_app(settings: Settings) -> FastAPI:
     configure_logging(settings)
-    handlers = {HTTPException: problem_response, RequestValidationError: problem_response}
-    options: Any = {"title": "service", "exception_handlers": handlers, "lifespan": lifespan}
-    options.update(redirect_slashes=False, generate_unique_id_function=lambda route: route.name)
-    app = FastAPI(**options, responses=answers(500, 503))
-    app.state.settings, app.state.transport = settings, transport
-    app.include_router(router)
+    handlers: Any = {HTTPException: problem_response, RequestValidationError: problem_response}
+    app = FastAPI(lifespan=lifespan, exception_handlers=handlers, redirect_slashes=False)
+    app.title, app.state.settings = "service", settings
+    app.include_router(router, responses=answers(500, 503))
     if settings.environment == "development" and settings.external_api_url is None:
-        app.put("/demo/upstream", status_code=204, responses=answers(*BODY))(switch_demo_upstream)
+        app.include_router(demo_router, responses=answers(500, 503))
     app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
     app.add_middleware(RequestContext)
     return app
