@@ -730,7 +730,8 @@ BODY = (408, 413, 422)  # the errors of what has a body
 def normalise_email(value: str) -> str:
     """Check the syntax, no display names, and lower the case: one address, one spelling."""
     try:
-        return validate_email(value, check_deliverability=False).normalized.lower()
+        address = validate_email(value, check_deliverability=False).normalized.lower()
+        return unicodedata.normalize("NFC", address)  # lower() can take it apart
     except EmailNotValidError:  # its text repeats parts of the value
         raise ValueError("this is not an email address") from None
 
