@@ -516,7 +516,7 @@ class ExternalClient:
             body += chunk
             if len(body) > MAX_UPSTREAM_BYTES:
                 raise ValueError("too large")
-        if response.headers.get("Content-Encoding") == "gzip":
+        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
             body = gzip.decompress(body, MAX_UPSTREAM_BYTES)
             if not gzip.eof:
                 raise ValueError("too large, or cut off")

@@ -1080,9 +1080,10 @@ async def test_the_upstreams_json_is_passed_on_with_the_request_id_and_without_t
     assert "x-request-id: my-id" in request.lower() and "authorization" not in request.lower()
 
 
-async def test_a_gzip_body_is_inflated(guarded, upstream):
+@pytest.mark.parametrize("name", ["gzip", "GZIP", "x-gzip"])
+async def test_a_gzip_body_is_inflated(guarded, upstream, name):
     body = gzip.compress(b'{"a": 1}')
-    upstream.script = [raw(200, body, "Content-Encoding: gzip\r\n")]
+    upstream.script = [raw(200, body, f"Content-Encoding: {name}\r\n")]
     assert (await guarded.get(DATA)).json() == {"data": {"a": 1}}
 
 
