@@ -10,11 +10,11 @@
 
 
 -- migration 1: users
--- One row an account.
+-- One row per account.
 CREATE TABLE users (
     id             TEXT   NOT NULL PRIMARY KEY,  -- a random UUID, the `sub` of its tokens
     email          TEXT   NOT NULL UNIQUE,       -- in lower case: UNIQUE is what answers 409
-    password_hash  TEXT   NOT NULL,              -- bcrypt of a keyed digest, never the password
+    password_hash  TEXT   NOT NULL,              -- bcrypt of an HMAC-SHA-256 of the password
     token_version  BIGINT NOT NULL DEFAULT 0,    -- a token that carries another one is refused
     created_at     TEXT   NOT NULL               -- RFC 3339, UTC
 );
@@ -24,7 +24,7 @@ CREATE TABLE users (
 -- One row for each email and address that tries to log in, and one with address '*' for all
 -- addresses together. It counts the attempts of a window that have not (yet) succeeded.
 CREATE TABLE login_attempts (
-    email           TEXT   NOT NULL,             -- as typed: whether it is known is not looked up
+    email           TEXT   NOT NULL,             -- in lower case, too; of an account or of none
     address         TEXT   NOT NULL,
     attempts        BIGINT NOT NULL,
     window_ends_at  BIGINT NOT NULL,             -- epoch seconds; afterwards the row means nothing

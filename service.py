@@ -1,6 +1,6 @@
 """A small service to read, run and copy: accounts, tokens, and a client for an unstable API.
 
-The way of a request, and so the order of this file's second half:
+The path of a request, which the second half of this file follows:
 
     uvicorn > RequestContext > route > a statement or two > the answer
               request id,            > the external client
@@ -99,13 +99,13 @@ def load_settings() -> Settings:
         return Settings()
     except ValueError as exc:  # pydantic's, or that of a file which is not UTF-8
         errors = getattr(exc, "errors", lambda: [{"loc": [".env"], "msg": "is not UTF-8"}])()
-        wrong = [f"{' '.join(e['loc']).upper()} {e['msg']}" for e in errors]
+        wrong = [f"{' '.join(map(str, e['loc'])).upper()} {e['msg']}".strip() for e in errors]
         raise SystemExit(f"service: not started: {'; '.join(wrong)}") from None
 
 
 # ==== 2 Logging =======================================================================
 # One line a record, to stdout. A reader that stalls never stalls the service: past 10,000 waiting
-# lines, new ones are dropped and counted. Other libraries: from WARNING up, for some print values.
+# lines, new ones are dropped and counted. Other libraries: WARNING up; at DEBUG some log values.
 logger = logging.getLogger("service")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -122,7 +122,7 @@ class StdoutHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         """One JSON object; or text, in which only the service itself can begin a line."""
         # Starlette hands over a failed start as a traceback; the sentence at its end is enough.
-        message = record.getMessage().rpartition("StartError: ")[2].strip()
+        message = re.split("(?:Start|Service)Error: ", record.getMessage())[-1].strip()
         dropped, self.dropped = self.dropped, 0
         message += f" ({dropped} records before this were dropped)" if dropped else ""
         moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
@@ -139,7 +139,7 @@ class StdoutHandler(logging.Handler):
         if self.tasks.qsize() >= self.limit:
             self.dropped += 1
         else:
-            line = (self.format(record) + "\n").encode()
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
             self.tasks.put(lambda: os.write(1, line))
 
     def flush(self) -> None:
@@ -155,7 +155,7 @@ class StdoutHandler(logging.Handler):
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send all through one handler, uvicorn's too; its access log gives way to ours."""
+    """All through one handler, uvicorn's too, without its access log. CRITICAL counts as ERROR."""
     logging.basicConfig(handlers=[StdoutHandler(settings.log_format)], level="WARNING", force=True)
     for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
         log = logging.getLogger(name)
@@ -170,7 +170,7 @@ def log_event(event: str, user_id: str = "", detail: str = "", level: int = logg
 
 
 # ==== 3 Errors ========================================================================
-# Whoever notices an error raises it by its code; `problem_response` alone makes answers of them.
+# Whoever notices an error raises it by its code; only `problem_response` makes answers.
 # To add one: a line in ERRORS, a raise, and its status in the answers() of the route.
 ERRORS = {  # code (a stable word, for programs): status, what to do next (for people)
     "not_authenticated": (401, "This needs a token: log in, send Authorization: Bearer <token>."),
@@ -223,7 +223,7 @@ class ExternalServiceError(ServiceError): ...  # what the external API did
 
 async def problem_response(_: Any, exc: Exception) -> Response:
     """Answer any exception in the one shape: ours, Starlette's, FastAPI's, and a bug."""
-    error, status = cast(Any, exc), getattr(exc, "status_code", 500)
+    error, status = cast(Any, exc), exc.status_code if isinstance(exc, HTTPException) else 500
     if status == 400:  # FastAPI could not read the body
         exc = RequestValidationError([{"loc": ["body"], "msg": "No JSON.", "type": "json_invalid"}])
     if isinstance(exc, RequestValidationError):
@@ -232,21 +232,25 @@ async def problem_response(_: Any, exc: Exception) -> Response:
     elif not isinstance(exc, ServiceError):
         codes = {404: "not_found", 405: "method_not_allowed"}
         error = ServiceError(codes.get(status, "internal_error"))
-        error.headers = getattr(exc, "headers", None)  # Allow
+        error.headers = getattr(exc, "headers", None) if status in codes else None  # Allow
     body, content_type = to_json(error.describe()), "application/problem+json"
     return Response(body, error.status_code, error.headers, content_type)
 
 
 def answers(*statuses: int) -> dict[Any, Any]:
-    """What openapi.json is to say of errors with these statuses."""
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    codes = {s: ", ".join(code for code in ERRORS if ERRORS[code][0] == s) for s in statuses}
-    return {str(s): {"description": codes[s], "content": content} for s in statuses}
+    """What openapi.json is to say of errors with these statuses: an example for each code."""
+    described = {}
+    for status in statuses:
+        errors = [ServiceError(code) for code in ERRORS if ERRORS[code][0] == status]
+        examples = {error.code: {"value": error.describe()} for error in errors}
+        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}
+        described[str(status)] = {"content": {"application/problem+json": content}}
+    return described
 
 
 # ==== 4 Database ======================================================================
 # Raw SQL through `databases`, a method a statement: constraints keep the promises, no transaction
-# stays open. SQLite: two held connections, so that reads go on while a write waits. Or a pool.
+# stays open. SQLite: two held connections, so reads go on while a write waits. PostgreSQL: a pool.
 Row = dict[str, Any]
 SCHEMA = Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -336,9 +340,9 @@ class Database:
         VALUES (:email, :address, 1, :ends)
         ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
         RETURNING attempts, window_ends_at""")
-    # After a success nothing stands against the address, and one less against all ('*').
+    # Takes one attempt back, from the address and from all ('*'); every one from `cleared`.
     forgive_attempt = sql("""
-        UPDATE login_attempts SET attempts = CASE address WHEN '*' THEN attempts - 1 ELSE 0 END
+        UPDATE login_attempts SET attempts = CASE address WHEN :cleared THEN 0 ELSE attempts - 1 END
         WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
     delete_ended_windows = sql("DELETE FROM login_attempts WHERE window_ends_at <= :now")
     # Returns the value that was there first: all workers get the same.
@@ -354,7 +358,7 @@ async def migrate(connection: Any, begin: str) -> None:
     run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
     await run_script(f"{begin}; {table}; COMMIT")
-    _, *parts = re.split(r"^-- migration \d+\W*(.*)$", SCHEMA.read_text("utf-8"), flags=re.M)
+    _, *parts = re.split(r"^-- migration \d+[: ]*(.*)$", SCHEMA.read_text("utf-8"), flags=re.M)
     for version, (name, script) in enumerate(zip(parts[::2], parts[1::2]), 1):
         mark = f"INSERT INTO schema_migrations (version) VALUES ({version})"
         is_applied = f"SELECT 1 FROM schema_migrations WHERE version = {version}"
@@ -463,8 +467,7 @@ class ExternalClient:
     def __init__(self, settings: Settings, transport: Optional[httpx.AsyncBaseTransport]) -> None:
         self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
         self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
-        # Time is limited in get(), and waiting for a connection would look like a failure.
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None)  # to wait for one would look like a failure
         self.http = httpx.AsyncClient(transport=transport, trust_env=False, limits=limits)
         self.http.timeout, self.http.event_hooks = None, {"response": [self.check_status]}
 
@@ -532,7 +535,7 @@ BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no 
 
 
 class Passwords:
-    """Hashes and checks passwords without being felt by other requests."""
+    """Hashes and checks passwords without holding up other requests."""
 
     def __init__(self, rounds: int) -> None:
         cores = os.cpu_count() or 1
@@ -540,7 +543,7 @@ class Passwords:
         self.places = anyio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
 
     def digest(self, password: str) -> bytes:
-        """64 of the 72 bytes that bcrypt sees: all counts. Keyed: leaked digests do not help."""
+        """64 bytes (bcrypt reads 72). The key is public: it only tells ours from other digests."""
         return hmac.digest(b"service.py: password", password.encode(), "sha256").hex().encode()
 
     def place(self) -> anyio.Semaphore:
@@ -585,15 +588,15 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
             for place, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
                 row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
-                    if place == "*":  # it was not checked, so nothing stands against the address
-                        await self.db.forgive_attempt(email=email, address=address)
+                    if place == "*":  # it was not checked; the failures before it still count
+                        await self.db.forgive_attempt(email=email, address=address, cleared="")
                     log_event("login_throttled", level=logging.WARNING)
                     raise ServiceError("too_many_attempts", row["window_ends_at"] - now)
             user = await self.db.find_user_by_email(email=email)
             if not await self.passwords.verify(password, user.get("password_hash", "")):
                 log_event("login_failed", user.get("id", ""), level=logging.WARNING)
                 raise AuthError(refusal)
-            await self.db.forgive_attempt(email=email, address=address)
+            await self.db.forgive_attempt(email=email, address=address, cleared=address)
         return user
 
     def check_new_password(self, field: str, password: str) -> None:  # raises: ValidationError
@@ -603,7 +606,7 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
             raise ValidationError("invalid_request", errors=[{"loc": ["body", field], **error}])
 
     async def replace_password(self, user: Row, password: str, ended: int) -> Row:
-        """Hash anew, and end all sessions (`ended` 1) or none (0). {} if they have just been."""
+        """Hash anew; end all sessions (`ended` 1) or none (0). {} if they ended meanwhile."""
         found = {"id": user["id"], "token_version": user["token_version"]}
         new_hash = await self.passwords.hash(password)
         return await self.db.replace_hash(**found, new_hash=new_hash, ended=ended)
@@ -690,6 +693,7 @@ class RequestContext:
         began, status, request = time.perf_counter(), 0, Request(scope, receive)
         sent_id = request.headers.get("x-request-id", "")
         request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
+        own_headers = [NO_STORE, (b"x-request-id", request_id.get().encode())]
         client = scope["client"][0][:64] if scope.get("client") else "-"
         state = scope["state"] = {**scope.get("state", {}), "client": client, "user": {}}
 
@@ -697,7 +701,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] += [(b"x-request-id", request_id.get().encode()), NO_STORE]
+                message["headers"] = [*message["headers"], *own_headers]
             await send(message)
 
         try:
@@ -712,12 +716,11 @@ class RequestContext:
             if not status:
                 await (await problem_response(None, exc))(scope, receive, send_with_id)
         finally:
-            # Short enough for a pipe's buffer, or it could be torn between other workers' lines.
-            path = scope["raw_path"][:500].decode("ascii", "backslashreplace")
-            ms = round((time.perf_counter() - began) * 1000, 2)
-            fields = {"method": scope["method"], "path": path, "status": status, "duration_ms": ms}
+            path = scope["raw_path"][:500].decode("ascii", "backslashreplace")  # or lines tear
+            ms, method = round((time.perf_counter() - began) * 1000, 2), scope["method"][:20]
+            fields = {"method": method, "path": path, "status": status, "duration_ms": ms}
             fields.update(client=client, user_id=state["user"].get("id"))
-            logger.info(f"{scope['method']} {path} {status} {ms} ms", extra={"fields": fields})
+            logger.info(f"{method} {path} {status} {ms} ms", extra={"fields": fields})
 
 
 # ==== 8 Routes ========================================================================
@@ -741,7 +744,7 @@ EMAIL = Body(max_length=254, examples=["ada@example.com"], json_schema_extra={"f
 Email = Annotated[str, EMAIL, AfterValidator(normalise_email)]
 # One password in both its Unicode forms. NFC leaves a quarter of the characters at least, so 512.
 NFC = AfterValidator(lambda value: unicodedata.normalize("NFC", value))
-Password = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"]), NFC]
+Secret = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"]), NFC]
 Flag = Annotated[bool, Body(embed=True, strict=True)]
 
 
@@ -752,8 +755,8 @@ class UserResponse(BaseModel):
 
 
 @router.post("/api/v1/auth/register", status_code=201, responses=answers(409, *BODY))
-async def register(email: Email, password: Password, request: Request) -> UserResponse:
-    """Create an account. The password has PASSWORD_MIN_LENGTH (8) to 128 characters."""
+async def register(email: Email, password: Secret, request: Request) -> UserResponse:
+    """Create an account. The password has PASSWORD_MIN_LENGTH (8, unless set) to 128 characters."""
     services: Services = request.app.state.services
     services.check_new_password("password", password)
     new = {"id": str(uuid.uuid4()), "created_at": datetime.now(timezone.utc).isoformat()}
@@ -772,11 +775,11 @@ class TokenResponse(BaseModel):
 
 
 @router.post("/api/v1/auth/login", responses=answers(401, 429, *BODY))
-async def log_in(email: Email, password: Password, request: Request) -> TokenResponse:
-    """Exchange email and password for a token; paste it under "Authorize" (top right)."""
+async def log_in(email: Email, password: Secret, request: Request) -> TokenResponse:
+    """Exchange email and password for a token; "Authorize" (top right) wants it without Bearer."""
     services: Services = request.app.state.services
     user = await services.authenticate(email, request.state.client, password, "invalid_credentials")
-    if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # they have been raised
+    if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # rounds were raised
         await services.replace_password(user, password, ended=0)
     log_event("login_succeeded", user["id"])
     token, seconds = services.issue_token(user), services.settings.jwt_expires_seconds
@@ -790,9 +793,7 @@ async def show_account(request: Request) -> UserResponse:
 
 
 @router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 429, *BODY))
-async def set_password(
-    current_password: Password, new_password: Password, request: Request
-) -> None:
+async def change_password(current_password: Secret, new_password: Secret, request: Request) -> None:
     """Replace the password and end every session, this one too."""
     services: Services = request.app.state.services
     services.check_new_password("new_password", new_password)
@@ -819,7 +820,7 @@ async def fetch_external_data(request: Request) -> dict[str, Any]:
 class CircuitStatus(BaseModel, from_attributes=True):
     state: Literal["closed", "open", "half-open"] = Field(validation_alias="current_state")
     failures: int = Field(validation_alias="fail_counter", description="Failed attempts in a row.")
-    fail_max: int = Field(description="So many failures open the circuit.")
+    fail_max: int = Field(examples=[5], description="So many failures open the circuit.")
     retry_after_seconds: int = Field(description="Until one call may probe; 0 unless open.")
 
 
@@ -831,7 +832,7 @@ async def show_circuit(request: Request) -> CircuitStatus:
 
 @demo_router.put("/demo/upstream", status_code=204, responses=answers(*BODY))
 async def switch_demo_upstream(failing: Flag, request: Request) -> None:
-    """Make the demo upstream fail, or heal it; fetch external data twice, and see the circuit."""
+    """Make the demo upstream fail, or heal it; the circuit notices when you fetch external data."""
     request.app.state.services.demo["status"] = 503 if failing else 200
 
 
@@ -878,9 +879,8 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].update(answers(401))
                 operation["security"] = [{"token": []}]
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    example = ServiceError("invalid_request", errors=[]).describe()
-    problem = {"type": "object", "properties": {name: {} for name in example}, "example": example}
-    schema["components"]["schemas"]["Problem"] = problem
+    names = ServiceError("invalid_request", errors=[]).describe()
+    schema["components"]["schemas"]["Problem"] = {"properties": {name: {} for name in names}}
     return schema
 
 
