@@ -239,12 +239,12 @@ async def problem_response(_: Any, exc: Exception) -> Response:
 
 def answers(*statuses: int) -> dict[Any, Any]:
     """What openapi.json is to say of errors with these statuses: an example for each code."""
-    described = {}
+    described, shape = {}, {"$ref": "#/components/schemas/Problem"}
     for status in statuses:
         errors = [ServiceError(code) for code in ERRORS if ERRORS[code][0] == status]
         examples = {error.code: {"value": error.describe()} for error in errors}
-        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}
-        described[str(status)] = {"content": {"application/problem+json": content}}
+        content = {"application/problem+json": {"schema": shape, "examples": examples}}
+        described[str(status)] = {"description": ", ".join(examples), "content": content}
     return described
 
 

@@ -1736,6 +1736,7 @@ async def test_every_operation_is_described_with_just_the_errors_that_it_can_giv
                 kinds = list(answer["content"])
                 assert kinds == ["application/problem+json"], f"{path}: {status} in answers()"
                 assert all(str(e["value"]["status"]) == status for e in examples(answer))
+                assert answer["description"]
 
 
 async def test_the_openapi_document_knows_the_errors_shape(client):
