@@ -306,8 +306,7 @@ class Database:
         raise ServiceError("database_unavailable")
 
     async def find_user_by_id(self, id: str) -> Row:
-        """Every request asks this, and most of a statement's cost is its way to the driver's thread
-        and back: so one statement serves all, eight at most, who ask before it begins."""
+        """One statement for all (8 at most) who ask before it begins: it is a trip to a thread."""
         if len(self.asked) in (0, 8) or self.lookup.done():
             asked = self.asked = {id}
 
@@ -344,7 +343,9 @@ class Database:
     forgive_attempt = sql("""
         UPDATE login_attempts SET attempts = CASE address WHEN :cleared THEN 0 ELSE attempts - 1 END
         WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
-    delete_ended_windows = sql("DELETE FROM login_attempts WHERE window_ends_at <= :now")
+    # What ends after `latest` was begun by a clock that was wrong.
+    delete_ended_windows = sql("""
+        DELETE FROM login_attempts WHERE window_ends_at <= :now OR window_ends_at > :latest""")
     # Returns the value that was there first: all workers get the same.
     keep_secret = sql("""
         INSERT INTO secrets (name, value) VALUES (:name, :value)
@@ -372,41 +373,40 @@ async def migrate(connection: Any, begin: str) -> None:
                 raise StartError(f"schema.sql, migration {version}: {name}: {exc}") from None
 
 
-async def open_sqlite(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
+async def open_sqlite(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -> Database:
     os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
     drivers = Driver(url, timeout=timeout), Driver(url, timeout=timeout)  # seconds, for a lock
-    reader, writer = [await opened.enter_async_context(d.connection()) for d in drivers]
-    # Several workers that switch to WAL at once get "locked", without a wait.
+    reader, writer = [await stack.enter_async_context(d.connection()) for d in drivers]
+    await migrate(writer, "BEGIN IMMEDIATE")
+    # Workers that switch to WAL at once get "locked". FULL: a 201 survives a power cut.
     locked = tenacity.retry_if_exception_message(match=".*locked")
     waiting = tenacity.retry(retry=locked, stop=tenacity.stop_after_delay(timeout), reraise=True)
     await waiting(writer.fetch_one)("PRAGMA journal_mode = WAL")
-    await writer.fetch_one("PRAGMA synchronous = FULL")  # a 201 survives a power cut
-    await migrate(writer, "BEGIN IMMEDIATE")
+    await writer.raw_connection.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON")
     return Database(lambda: reader, lambda: writer, 1, timeout)
 
 
-async def open_postgresql(url: DatabaseURL, timeout: float, opened: AsyncExitStack) -> Database:
+async def open_postgres(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -> Database:
     lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; ends what we gave up
     pool = Driver(url, min_size=0, timeout=timeout, server_settings=lock_limit)
     await pool.connect()
-    opened.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
+    stack.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
     async with pool.connection() as connection:
         # Nothing else ends the wait for a server that freezes here, or when it should let us go.
         cut = asyncio.get_running_loop().call_later(timeout, connection.raw_connection.terminate)
-        opened.callback(cut.cancel)
+        stack.callback(cut.cancel)
         await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
     cut.cancel()
     return Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
 
 
-async def open_database(settings: Settings, opened: AsyncExitStack) -> Database:
-    """Open and migrate; `opened` closes it. Raises: StartError, with the path or the host."""
+async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
+    """Open and migrate; `stack` closes it. Raises: StartError, with the path or the host."""
     url, timeout = DatabaseURL(settings.database_url), settings.database_timeout_seconds
-    is_sqlite = url.scheme == "sqlite"
     try:
-        return await (open_sqlite if is_sqlite else open_postgresql)(url, timeout, opened)
+        return await (open_sqlite if url.scheme == "sqlite" else open_postgres)(url, timeout, stack)
     except (StartError, *DRIVER_ERRORS, ValueError, OverflowError) as exc:
-        place = url.database if is_sqlite else f"{url.hostname}/{url.database}"
+        place = re.sub("(?<=^postgresql://).*@", "", settings.database_url)
         why = str(exc).partition("\n")[0] or "no answer in time"
         raise StartError(f"DATABASE_URL: cannot use {place}: {why}") from None
 
@@ -497,20 +497,20 @@ class ExternalClient:
                 async with self.http.stream("GET", self.url, headers=headers) as response:
                     return await self.read(response)
         except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error) as exc:
+            logger.warning("upstream: %s", type(exc).__name__)  # no text: it can quote the answer
             code = "external_timeout" if isinstance(exc, TimeoutError) else "external_service_error"
             may_pass = isinstance(exc, (TimeoutError, httpx.TransportError))
             raise (TransientError if may_pass else ExternalServiceError)(code) from None
 
     async def check_status(self, response: httpx.Response) -> None:
-        """Let successes with a body pass, before httpx looks where a redirect leads."""
+        """Let successes pass, and nothing else, before httpx looks where a redirect leads."""
         status, wait = response.status_code, response.headers.get("Retry-After", "")
-        if status >= 500 or status in (408, 429):
+        if not response.is_success:
+            logger.warning("upstream: status %s", status)
+            family = 5 if status in (408, 429) else status // 100
+            error = {4: RejectionError, 5: TransientError}.get(family, ExternalServiceError)
             seconds = int(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else 0
-            raise TransientError("external_service_error", seconds)
-        if status >= 400:
-            raise RejectionError("external_service_error")
-        if not 200 <= status < 300 or status == 204:
-            raise ExternalServiceError("external_service_error")
+            raise error("external_service_error", seconds)
 
     async def read(self, response: httpx.Response) -> Any:
         """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
@@ -584,7 +584,7 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
         now, most = int(time.time()), self.settings.login_max_failures
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
-            await self.db.delete_ended_windows(now=now)
+            await self.db.delete_ended_windows(now=now, latest=2 * ends - now)
             for place, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
                 row = await self.db.count_attempt(email=email, address=place, ends=ends)
                 if row["attempts"] > limit:
@@ -856,15 +856,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings, transport, demo = app.state.settings, None, {"status": 200}
     if settings.external_api_url is None:
         transport = httpx.MockTransport(lambda _: httpx.Response(demo["status"], stream=HELLO))
-    async with AsyncExitStack() as opened:
-        db = await open_database(settings, opened)
+    async with AsyncExitStack() as stack:
+        db = await open_database(settings, stack)
         key = settings.jwt_secret
         secret = key.get_secret_value() if key else os.urandom(32).hex()
         if key is None and settings.environment == "development":
             logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
             secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
         client, passwords = ExternalClient(settings, transport), Passwords(settings.bcrypt_rounds)
-        await opened.enter_async_context(client.http)
+        await stack.enter_async_context(client.http)
         app.state.services = Services(settings, db, client, demo, passwords, os.fsencode(secret))
         yield
 

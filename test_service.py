@@ -583,6 +583,16 @@ async def test_after_the_window_attempts_count_anew_and_ended_windows_are_remove
     assert rows == [(EMAIL, "*", 1), (EMAIL, "127.0.0.1", 1)]
 
 
+async def test_a_window_that_a_wrong_clock_began_does_not_lock_for_years(client, store):
+    await client.post(REGISTER, json=ADA)
+    await fail(client, 6)
+    window = client.services.settings.login_window_seconds
+    await store.sql(f"UPDATE login_attempts SET window_ends_at = window_ends_at + {window - 5}")
+    assert await fail(client, 1) == [429]
+    await store.sql("UPDATE login_attempts SET window_ends_at = window_ends_at + 31536000")
+    assert await sign_in(client)
+
+
 async def from_address(client, address, password="wrong"):
     transport = httpx.ASGITransport(client.app, client=(address, 1))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as other:
@@ -1318,11 +1328,23 @@ async def test_nonsense_is_502_not_retried_and_a_failure_to_the_circuit(sqlite, 
 @pytest.mark.parametrize("entry", UNSTABLE.values(), ids=list(UNSTABLE))
 async def test_what_may_pass_is_retried_and_each_attempt_is_a_failure(sqlite, upstream, entry):
     upstream.script = [entry]
-    async with serve(sqlite, external_api_url=upstream.url) as client:
+    async with serve(sqlite, external_api_url=upstream.url, external_attempts=2) as client:
         headers = await sign_in(client)
         problem(await client.get(DATA, headers=headers), 502, "external_service_error")
-        assert len(upstream.requests) == 3
-        assert (await client.get(STATUS, headers=headers)).json()["failures"] == 3
+        assert len(upstream.requests) == 2
+        assert (await client.get(STATUS, headers=headers)).json()["failures"] == 2
+
+
+async def test_the_log_says_why_each_attempt_failed_but_not_what_was_sent(
+    guarded, upstream, caplog
+):
+    guarded.services.settings.external_attempts = 3
+    upstream.script = [raw(503, b"sekret"), b"sekret\r\n\r\n", raw(200, b"sekret")]
+    problem(await guarded.get(DATA), 502, "external_service_error")
+    why = [r.getMessage() for r in caplog.records if r.getMessage().startswith("upstream")]
+    assert why == ["upstream: status 503", "upstream: RemoteProtocolError", "upstream: ValueError"]
+    assert {r.levelname for r in caplog.records if "upstream" in r.getMessage()} == {"WARNING"}
+    assert "sekret" not in caplog.text
 
 
 async def test_a_retry_that_succeeds_is_a_success_and_clears_the_failures(sqlite, upstream):
@@ -1374,14 +1396,14 @@ async def test_an_upstream_that_hangs_or_drips_is_504_within_the_attempts_time(
 
 async def test_the_deadline_bounds_the_whole_call(sqlite, upstream):
     upstream.script = [hang]
-    knobs = {"external_timeout_seconds": 0.8, "external_deadline_seconds": 1}
+    knobs = {"external_timeout_seconds": 0.5, "external_deadline_seconds": 0.6}
     async with serve(
         sqlite, external_api_url=upstream.url, external_attempts=20, breaker_fail_max=99, **knobs
     ) as client:
         headers = await sign_in(client)
         begin = time.monotonic()
         problem(await client.get(DATA, headers=headers), 504, "external_timeout")
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 1
 
 
 @pytest.mark.parametrize("asked, calls", [("1", 2), ("0", 2), ("60", 1), ("soon", 2), ("-1", 2)])
@@ -1794,6 +1816,18 @@ async def test_a_section_that_fails_leaves_nothing_and_is_named(store, monkeypat
         assert await sign_in(client)
 
 
+async def test_references_are_kept_by_both_databases(store, monkeypatch, tmp_path):
+    tables = "CREATE TABLE owner (id TEXT PRIMARY KEY); INSERT INTO owner VALUES ('a');"
+    tables += "CREATE TABLE owned (id TEXT REFERENCES owner (id)); INSERT INTO owned VALUES ('a');"
+    scripts(monkeypatch, tmp_path, (NEXT, tables))
+    async with serve(store) as client:
+        db = client.services.db
+        insert = service.sql("INSERT INTO owned (id) VALUES (:id) RETURNING id")
+        assert await insert(db, id="a") == {"id": "a"}
+        with pytest.raises(service.ServiceError, match="database"):
+            await insert(db, id="nobody")
+
+
 async def test_the_lifespan_passes_through_the_middleware(store):
     settings = service.Settings(_env_file=None, environment="test", database_url=store.url)
     messages, sent = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}], []
@@ -1949,19 +1983,29 @@ async def test_a_connection_that_is_released_at_the_very_moment_of_the_timeout_i
 
 
 async def test_a_database_that_cannot_be_used_is_named_without_its_password(tmp_path, unused_port):
-    (tmp_path / "junk.db").write_bytes(b"this is not a database, but a text of some length" * 99)
+    junk = b"this is not a database, but a text of some length" * 99
+    (tmp_path / "junk.db").write_bytes(junk)
     for url, place in (
         (f"sqlite:///{tmp_path}/no/such/folder.db", "no/such/folder.db"),
         (f"sqlite:///{tmp_path}", str(tmp_path)),
         (f"sqlite:///{tmp_path}/junk.db", "junk.db"),
-        (f"postgresql://u:hunter2@127.0.0.1:{unused_port}/db", "127.0.0.1/db"),
-        ("postgresql://u:hunter2@127.0.0.1:99999/db", "127.0.0.1/db"),
+        (f"postgresql://u:hunter2@127.0.0.1:{unused_port}/db", f"127.0.0.1:{unused_port}/db"),
+        ("postgresql://u:hunter2@127.0.0.1:99999/db", "postgresql://127.0.0.1:99999/db"),
     ):
         with pytest.raises(service.StartError, match="DATABASE_URL") as end:
             async with serve(Store(url)):
                 pass
         assert place in str(end.value) and "hunter2" not in str(end.value)
-    assert (tmp_path / "junk.db").read_bytes().startswith(b"this is not")
+    assert (tmp_path / "junk.db").read_bytes() == junk
+
+
+async def test_the_database_of_another_application_keeps_its_tables_and_its_journal(sqlite):
+    await sqlite.sql("CREATE TABLE users (name TEXT)")
+    with pytest.raises(service.StartError, match="migration 1: users: table users already exists"):
+        async with serve(sqlite):
+            pass
+    assert await sqlite.sql("PRAGMA journal_mode") == [("delete",)]
+    assert await sqlite.sql("SELECT * FROM users") == []
 
 
 @pytest.fixture
@@ -2041,23 +2085,28 @@ if POSTGRES:
 class Server:
     """A real uvicorn on a free port, with a folder and an environment of its own."""
 
-    def __init__(self, folder, *arguments, app="service:app", **environment):
+    def __init__(self, folder, *arguments, app="service:app", output=None, **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / f"log-{self.port}"
+        each_its_own_connection = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(
+            base_url=self.url, timeout=15, verify=False, limits=each_its_own_connection
+        )
+        self.ask = self.http.request
         knobs = {"BCRYPT_ROUNDS": "4", "LOG_FORMAT": "json", "PYTHONDONTWRITEBYTECODE": "1"}
         knobs.update(PYTHONPATH=str(FOLDER), PATH=os.environ["PATH"], LANG="C", **environment)
-        command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port)]
+        command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port), *arguments]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [*command, *arguments], cwd=folder, env=knobs, stdout=log, stderr=subprocess.STDOUT
+                command, cwd=folder, env=knobs, stdout=output or log, stderr=subprocess.STDOUT
             )
 
     def __enter__(self):
         for _ in range(200):
             with contextlib.suppress(httpx.TransportError):
-                httpx.get(self.url + "/health/live")
+                self.ask("GET", "/health/live")
                 return self
             if self.process.poll() is not None:
                 break
@@ -2065,6 +2114,7 @@ class Server:
         raise AssertionError(self.log.read_text())
 
     def __exit__(self, *_):
+        self.http.close()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -2072,9 +2122,6 @@ class Server:
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(15)
-
-    def ask(self, method, path, **options):
-        return httpx.request(method, self.url + path, timeout=15, **options)
 
     def sign_in(self):
         self.ask("POST", REGISTER, json=ADA)
@@ -2086,7 +2133,7 @@ async def test_the_main_walk_on_a_real_server_and_the_log_that_it_leaves(store, 
     folder = tmp_path / "with a space"
     folder.mkdir()
     knobs = {"EXTERNAL_API_URL": upstream.url, "EXTERNAL_ATTEMPTS": "2", "BREAKER_FAIL_MAX": "2"}
-    knobs.update(BREAKER_RESET_SECONDS="0.5", DATABASE_URL=store.url, LOG_LEVEL="DEBUG")
+    knobs.update(BREAKER_RESET_SECONDS="0.3", DATABASE_URL=store.url, LOG_LEVEL="DEBUG")
     server = Server(folder, **knobs)
     await asyncio.to_thread(server.__enter__)
     with contextlib.ExitStack() as stack:
@@ -2111,7 +2158,7 @@ async def test_the_main_walk_on_a_real_server_and_the_log_that_it_leaves(store, 
         problem(await ask("GET", DATA, headers=headers), 502, "external_service_error")
         problem(await ask("GET", DATA, headers=headers), 503, "circuit_open")
         upstream.script = [ok(2)]
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.35)
         assert (await ask("GET", DATA, headers=headers)).json() == {"data": 2}
         assert (await ask("GET", STATUS, headers=headers)).json()["state"] == "closed"
         change = {"current_password": PASSWORD, "new_password": "n3w password"}
@@ -2149,7 +2196,7 @@ def test_what_was_acknowledged_survives_kill_9(tmp_path):
 
         thread = threading.Thread(target=register)
         thread.start()
-        time.sleep(0.7)
+        time.sleep(0.4)
         server.process.kill()
         stop.set()
         thread.join()
@@ -2184,7 +2231,7 @@ def test_sigterm_answers_what_was_begun_and_then_ends(tmp_path):
 def test_a_half_sent_request_does_not_keep_a_stopping_server_alive(tmp_path):
     assert service.BODY_SECONDS == 5
     (tmp_path / "hasty.py").write_text(
-        "import service\nservice.BODY_SECONDS = 1\napp = service.app\n"
+        "import service\nservice.BODY_SECONDS = 0.5\napp = service.app\n"
     )
     with Server(tmp_path, "--app-dir", str(tmp_path), app="hasty:app") as server:
         with socket.create_connection(("127.0.0.1", server.port)) as half:
@@ -2197,40 +2244,37 @@ def test_a_half_sent_request_does_not_keep_a_stopping_server_alive(tmp_path):
             assert b" 408 " in half.recv(1000).split(b"\r\n")[0]
 
 
-def test_an_upgrade_is_a_request_like_any_other(tmp_path):
-    lines = [f"POST {LOGIN}?token=sekret HTTP/1.1", "Host: x", "Content-Length: 99"]
-    lines += ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"]
-    lines += [
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-        "Authorization: Bearer sekret",
-        "",
-        "{",
-    ]
+def test_headers_without_end_are_refused_before_they_fill_the_memory(tmp_path):
+    with Server(tmp_path) as server:
+        sent = 0
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as endless:
+            endless.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n")
+            with contextlib.suppress(ConnectionError):
+                while sent < 50_000_000:
+                    sent += endless.send(b"".join(b"x-%d: y\r\n" % n for n in range(1000)))
+        assert sent < 20_000_000, "is httptools installed? It knows no limit: use --http h11"
+        assert server.ask("GET", "/health/live").status_code == 200
+
+
+def test_a_request_that_asks_for_an_upgrade_is_like_any_other(tmp_path):
+    upgrade = {"Connection": "Upgrade", "Sec-WebSocket-Version": "13", "X-Request-ID": "my-id"}
+    upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
     with Server(tmp_path, LOG_LEVEL="DEBUG") as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as half_sent:
-            half_sent.sendall("\r\n".join(lines).encode())
-            answer = half_sent.recv(65536).decode()
-            assert server.stop() in (0, -signal.SIGTERM)
-    head = answer.lower()
-    assert "application/problem+json" in head and "x-request-id" in head, answer
+        for protocol in ("websocket", "h2c"):
+            upgrade["Upgrade"], account = protocol, {**ADA, "email": f"{protocol}@example.com"}
+            answer = server.ask("POST", f"{REGISTER}?token=sekret", json=account, headers=upgrade)
+            assert (answer.status_code, answer.headers["x-request-id"]) == (201, "my-id")
+        assert server.stop() in (0, -signal.SIGTERM)
     assert "sekret" not in server.log.read_text() and "Traceback" not in server.log.read_text()
 
 
 def test_a_log_pipe_that_is_never_read_stalls_neither_the_service_nor_its_exit(tmp_path):
     reader, writer = os.pipe()
-    server = Server.__new__(Server)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        server.port = free.getsockname()[1]
-    server.url, server.log = f"http://127.0.0.1:{server.port}", tmp_path / "log"
-    server.log.touch()
-    command = [sys.executable, "-m", "uvicorn", "service:app", "--port", str(server.port)]
-    env = {"PYTHONPATH": str(FOLDER), "PATH": os.environ["PATH"], "BCRYPT_ROUNDS": "4"}
-    server.process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=writer, stderr=writer)
+    server = Server(tmp_path, output=writer)
     os.close(writer)
     with server, httpx.Client(base_url=server.url) as client:
-        for _ in range(800):  # more than a pipe holds
-            assert client.get("/health/live").status_code == 200
+        for _ in range(250):  # more than a pipe holds
+            assert client.get("/" + "x" * 499).status_code == 404
         begin = time.monotonic()
         server.stop()
         assert time.monotonic() - begin < 5
@@ -2250,24 +2294,24 @@ def test_several_workers_share_secret_throttle_and_logout(tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
-@pytest.mark.parametrize(
-    "name, value, place",
-    [
+def test_a_start_that_fails_says_why_in_one_line_and_ends(tmp_path):
+    started = []
+    for name, value, place in (
         ("JWT_SECRET", "hunter2", "JWT_SECRET"),
         ("DATABASE_URL", "sqlite:////no/such/folder/x.db", "/no/such/folder/x.db"),
-        ("DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:1/db", "127.0.0.1/db"),
-        ("DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:99999/db", "127.0.0.1/db"),
-    ],
-)
-def test_a_start_that_fails_says_why_in_one_line_and_ends(tmp_path, name, value, place):
-    server = Server(tmp_path, LOG_LEVEL="CRITICAL", **{name: value})
-    try:
-        assert server.process.wait(15) != 0
-    finally:
-        server.__exit__()
-    log = server.log.read_text()
-    assert "Traceback" not in log and "hunter2" not in log
-    assert len([line for line in log.splitlines() if place in line and name in line]) == 1
+        ("DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:1/db", "127.0.0.1:1/db"),
+        ("DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:99999/db", "127.0.0.1:99999/db"),
+    ):
+        server = Server(tmp_path, LOG_LEVEL="CRITICAL", **{name: value})
+        started.append((server, name, place))
+    for server, name, place in started:
+        try:
+            assert server.process.wait(15) != 0
+        finally:
+            server.__exit__()
+        log = server.log.read_text()
+        assert "Traceback" not in log and "hunter2" not in log
+        assert len([line for line in log.splitlines() if place in line and name in line]) == 1
 
 
 def normal(text):
@@ -2351,15 +2395,16 @@ async def test_the_readmes_endpoints_are_the_services(sqlite):
 @pytest.mark.skipif("BUDGET" not in os.environ, reason="of what is taught, not of what grows")
 def test_the_budget_holds():
     source = (FOLDER / "service.py").read_text()
-    lines, tree, text = source.splitlines(), ast.parse(source), set()
+    lines, tree, text, lengths = source.splitlines(), ast.parse(source), set(), []
     for node in ast.walk(tree):
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         if isinstance(node, kinds) and ast.get_docstring(node):
             text.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
         if isinstance(node, kinds[2:]):
-            assert node.end_lineno - node.lineno < 40, node.name
+            lengths.append(node.end_lineno - node.lineno + 1)
     code = [n for n, line in enumerate(lines, 1) if line.strip() and line.lstrip()[0] != "#"]
     assert len(set(code) - text) <= 650 and len(lines) <= 900
+    assert max(lengths) <= 40 and statistics.median(lengths) <= 9
     assert max(map(len, lines)) <= 100
     assert len((FOLDER / "README.md").read_text().splitlines()) < 250
 
