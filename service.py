@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import pathlib
 import queue
 import re
 import sqlite3
@@ -28,7 +29,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Optional, cast
 
 import anyio
@@ -51,7 +51,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # ==== 1 Settings ======================================================================
 # Read once, at start: the environment wins over `.env`; an empty value counts as unset.
-# To add one: a field here, a line in `.env.example`, a row in the README's table.
+# To add one: a field, a line in `.env.example`, a row in the README. SERVER: user:pass@host/db
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
@@ -83,14 +83,14 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = "text"
 
     def model_post_init(self, _: Any) -> None:
-        """What takes more than a type. A key is as long as its hash or longer (RFC 7518, 3.2)."""
+        """Checks that a type cannot make. The key: no shorter than its hash (RFC 7518, 3.2)."""
         if not re.fullmatch(URL, self.database_url):
             raise ValueError("DATABASE_URL: use sqlite:///path or postgresql://user:pass@host/db")
         if self.jwt_secret and len(os.fsencode(self.jwt_secret.get_secret_value())) < 32:
             raise ValueError("JWT_SECRET must have 32 bytes or more; try: openssl rand -hex 32")
         missing = [n for n in ("jwt_secret", "external_api_url") if getattr(self, n) is None]
         if missing and self.environment == "production":
-            raise ValueError(f"{' and '.join(missing).upper()}: required in production")
+            raise ValueError(f"{', '.join(missing).upper()}: required in production")
 
 
 def load_settings() -> Settings:
@@ -105,7 +105,7 @@ def load_settings() -> Settings:
 
 # ==== 2 Logging =======================================================================
 # One line a record, to stdout. A reader that stalls never stalls the service: past 10,000 waiting
-# lines, new ones are dropped and counted. Other libraries: WARNING up; at DEBUG some log values.
+# lines, new ones are dropped and counted. Other libraries: WARNING and up, as DEBUG shows values.
 logger = logging.getLogger("service")
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
@@ -155,7 +155,7 @@ class StdoutHandler(logging.Handler):
 
 
 def configure_logging(settings: Settings) -> None:
-    """All through one handler, uvicorn's too, without its access log. CRITICAL counts as ERROR."""
+    """All through one handler, uvicorn's too. CRITICAL counts as ERROR: a failed start is said."""
     logging.basicConfig(handlers=[StdoutHandler(settings.log_format)], level="WARNING", force=True)
     for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
         log = logging.getLogger(name)
@@ -164,7 +164,7 @@ def configure_logging(settings: Settings) -> None:
 
 
 def log_event(event: str, user_id: str = "", detail: str = "", level: int = logging.INFO) -> None:
-    """A security event: a word for programs, whom it concerns, and nothing secret."""
+    """An event: a word for programs, the id of the user concerned, and nothing secret."""
     fields = {"event": event, "user_id": user_id or None}
     logger.log(level, " ".join(filter(None, (event, user_id, detail))), extra={"fields": fields})
 
@@ -196,7 +196,7 @@ ERRORS = {  # code (a stable word, for programs): status, what to do next (for p
 
 class ServiceError(HTTPException):
     def __init__(self, code: str, retry_after: int = 0, **members: Any) -> None:
-        """`retry_after` in seconds; `members`: more of the body, never what was sent."""
+        """`retry_after` in seconds; `members`: more of the body, never the client's own words."""
         (status, detail), headers = ERRORS[code], {}
         if status in (429, 503):
             headers["Retry-After"] = str(max(1, retry_after))
@@ -237,12 +237,12 @@ async def problem_response(_: Any, exc: Exception) -> Response:
     return Response(body, error.status_code, error.headers, content_type)
 
 
-def answers(*statuses: int) -> dict[Any, Any]:
-    """What openapi.json is to say of errors with these statuses: an example for each code."""
+def answers(*errors: Any) -> dict[Any, Any]:
+    """What openapi.json says of these errors, given by code or status: an example for each code."""
     described, shape = {}, {"$ref": "#/components/schemas/Problem"}
-    for status in statuses:
-        errors = [ServiceError(code) for code in ERRORS if ERRORS[code][0] == status]
-        examples = {error.code: {"value": error.describe()} for error in errors}
+    named = [ServiceError(code) for code in ERRORS if {code, ERRORS[code][0]} & {*errors}]
+    for status in {error.status_code for error in named}:
+        examples = {e.code: {"value": e.describe()} for e in named if e.status_code == status}
         content = {"application/problem+json": {"schema": shape, "examples": examples}}
         described[str(status)] = {"description": ", ".join(examples), "content": content}
     return described
@@ -252,7 +252,7 @@ def answers(*statuses: int) -> dict[Any, Any]:
 # Raw SQL through `databases`, a method a statement: constraints keep the promises, no transaction
 # stays open. SQLite: two held connections, so reads go on while a write waits. PostgreSQL: a pool.
 Row = dict[str, Any]
-SCHEMA = Path(__file__).with_name("schema.sql")
+SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
 POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 DRIVER_ERRORS = (*POSTGRES_ERRORS, sqlite3.Error, OSError, asyncio.TimeoutError)
 
@@ -275,10 +275,10 @@ class Database:
     """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
 
     def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
-        """`reader`, `writer`: give a connection, to `at_once` statements; `timeout`: in seconds."""
+        """`reader`, `writer`: return a connection, for `at_once` statements; `timeout`: seconds."""
         self.reads = anyio.Semaphore(at_once), reader
         self.writes = anyio.Semaphore(at_once), writer
-        self.timeout, self.asked = timeout, set[str]()  # whom a look-up will find, when it begins
+        self.timeout, self.asked = timeout, set[str]()  # ids for the next look-up of users
 
     async def run(self, lane: Any, execute: Callable[[Any], Awaitable[Any]]) -> Any:
         """Wait for a turn and a connection, and let `execute` use it."""
@@ -289,8 +289,8 @@ class Database:
                 begun.append(connection.raw_connection)
                 return await execute(connection)
 
-        # A task: to wait for a cancelled statement can take for ever (PostgreSQL frozen). Too late,
-        # it is cancelled if it queues; if it has begun, SQLite ends it, or its connection is cut.
+        # A task: to await a cancelled statement can take for ever (PostgreSQL frozen). Out of time,
+        # one that queues is cancelled; one that runs is ended by SQLite, or PostgreSQL is cut off.
         task = asyncio.ensure_future(wait_and_execute())
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
@@ -306,8 +306,8 @@ class Database:
         raise ServiceError("database_unavailable")
 
     async def find_user_by_id(self, id: str) -> Row:
-        """One statement for all (8 at most) who ask before it begins: it is a trip to a thread."""
-        if len(self.asked) in (0, 8) or self.lookup.done():
+        """All who ask before it begins (8 at most) share one: each would be a trip to a thread."""
+        if len(self.asked) in (0, 8) or self.lookup.done():  # none, full, or failed in the queue
             asked = self.asked = {id}
 
             async def look_up(connection: Any) -> dict[str, Row]:
@@ -343,7 +343,7 @@ class Database:
     forgive_attempt = sql("""
         UPDATE login_attempts SET attempts = CASE address WHEN :cleared THEN 0 ELSE attempts - 1 END
         WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
-    # What ends after `latest` was begun by a clock that was wrong.
+    # What ends after `latest`, two windows ahead, was begun by a clock that was wrong.
     delete_ended_windows = sql("""
         DELETE FROM login_attempts WHERE window_ends_at <= :now OR window_ends_at > :latest""")
     # Returns the value that was there first: all workers get the same.
@@ -359,7 +359,7 @@ async def migrate(connection: Any, begin: str) -> None:
     run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
     await run_script(f"{begin}; {table}; COMMIT")
-    _, *parts = re.split(r"^-- migration \d+[: ]*(.*)$", SCHEMA.read_text("utf-8"), flags=re.M)
+    _, *parts = re.split(r"(?im)^-- *migration \d+[: ]*(.*)$", SCHEMA.read_text("utf-8"))
     for version, (name, script) in enumerate(zip(parts[::2], parts[1::2]), 1):
         mark = f"INSERT INTO schema_migrations (version) VALUES ({version})"
         is_applied = f"SELECT 1 FROM schema_migrations WHERE version = {version}"
@@ -387,12 +387,12 @@ async def open_sqlite(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -
 
 
 async def open_postgres(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -> Database:
-    lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; ends what we gave up
+    lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; or what we gave up waits on
     pool = Driver(url, min_size=0, timeout=timeout, server_settings=lock_limit)
     await pool.connect()
     stack.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
     async with pool.connection() as connection:
-        # Nothing else ends the wait for a server that freezes here, or when it should let us go.
+        # Nothing else ends the wait if the server freezes while we migrate or give it back.
         cut = asyncio.get_running_loop().call_later(timeout, connection.raw_connection.terminate)
         stack.callback(cut.cancel)
         await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
@@ -413,7 +413,7 @@ async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
 
 # ==== 5 External client ===============================================================
 # One GET: retries within a deadline > the circuit > one attempt in its time > httpx. The deadline
-# shortens the last attempt: if it cancelled it, that would count for nothing, and nothing open.
+# shortens the last attempt: cancelled, it would be no failure, and the circuit would never open.
 MAX_UPSTREAM_BYTES = 2**20
 HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 
@@ -421,7 +421,7 @@ HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
 class TransientError(ExternalServiceError): ...  # worth another attempt, after `retry_after`
 
 
-class RejectionError(ExternalServiceError): ...  # a 4xx: not well asked, a sign of life
+class RejectionError(ExternalServiceError): ...  # a 4xx: we asked badly; the API is alive
 
 
 class Circuit(CircuitBreaker, CircuitBreakerListener):
@@ -439,7 +439,7 @@ class Circuit(CircuitBreaker, CircuitBreakerListener):
 
     @property
     def retry_after_seconds(self) -> int:
-        """Until a call may probe, rounded up; 0 unless open."""
+        """Seconds until a call may probe, rounded up; 0 unless open."""
         left = self.changed_at + self.reset_seconds - time.monotonic()
         return max(0, math.ceil(left)) if self.current_state == "open" else 0
 
@@ -457,7 +457,7 @@ class Circuit(CircuitBreaker, CircuitBreakerListener):
         except ExternalServiceError as exc:
             outcome.set_exception(exc)
         finally:
-            self.is_probing = self.is_probing and not is_probe
+            self.is_probing = self.is_probing and not is_probe  # the probe gives its place back
         return self.call(outcome.result) if state is self.state else outcome.result()
 
 
@@ -478,7 +478,7 @@ class ExternalClient:
             raise ExternalServiceError("circuit_open", circuit.retry_after_seconds)
         attempts = tenacity.stop_after_attempt(self.settings.external_attempts)
         deadline, ends = tenacity.stop_before_delay(seconds), time.monotonic() + seconds
-        jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # "full"
+        jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # full jitter
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(TransientError),
             wait=lambda call: jitter(call) + cast(Any, call.outcome).exception().retry_after,
@@ -499,8 +499,8 @@ class ExternalClient:
         except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error) as exc:
             logger.warning("upstream: %s", type(exc).__name__)  # no text: it can quote the answer
             code = "external_timeout" if isinstance(exc, TimeoutError) else "external_service_error"
-            may_pass = isinstance(exc, (TimeoutError, httpx.TransportError))
-            raise (TransientError if may_pass else ExternalServiceError)(code) from None
+            is_transient = isinstance(exc, (TimeoutError, httpx.TransportError))
+            raise (TransientError if is_transient else ExternalServiceError)(code) from None
 
     async def check_status(self, response: httpx.Response) -> None:
         """Let successes pass, and nothing else, before httpx looks where a redirect leads."""
@@ -571,7 +571,7 @@ class Passwords:
         return await anyio.to_thread.run_sync(self.compare, password, stored, limiter=self.threads)
 
 
-class Services(NamedTuple):  # what lives as long as the process: app.state.services
+class Services(NamedTuple):  # what lives as long as the process, and works together
     settings: Settings
     db: Database
     external: ExternalClient
@@ -585,10 +585,10 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
         ends = now + self.settings.login_window_seconds
         async with self.passwords.place():
             await self.db.delete_ended_windows(now=now, latest=2 * ends - now)
-            for place, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
-                row = await self.db.count_attempt(email=email, address=place, ends=ends)
+            for source, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
+                row = await self.db.count_attempt(email=email, address=source, ends=ends)
                 if row["attempts"] > limit:
-                    if place == "*":  # it was not checked; the failures before it still count
+                    if source == "*":  # no password was checked: take it back from the address
                         await self.db.forgive_attempt(email=email, address=address, cleared="")
                     log_event("login_throttled", level=logging.WARNING)
                     raise ServiceError("too_many_attempts", row["window_ends_at"] - now)
@@ -623,7 +623,7 @@ class Services(NamedTuple):  # what lives as long as the process: app.state.serv
         rules: Any = {"issuer": "service", "audience": "service", "algorithms": ["HS256"]}
         rules["options"] = {"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]}
         try:
-            claims = jwt.decode(token, self.token_secret, leeway=2, **rules)  # s, between hosts
+            claims = jwt.decode(token, self.token_secret, leeway=2, **rules)  # s: clocks differ
             user_id = str(uuid.UUID(claims["sub"]))
         except jwt.ExpiredSignatureError:
             raise AuthError("expired_token") from None
@@ -716,7 +716,7 @@ class RequestContext:
             if not status:
                 await (await problem_response(None, exc))(scope, receive, send_with_id)
         finally:
-            path = scope["raw_path"][:500].decode("ascii", "backslashreplace")  # or lines tear
+            path = scope["raw_path"][:500].decode("ascii", "backslashreplace")  # a line: one write
             ms, method = round((time.perf_counter() - began) * 1000, 2), scope["method"][:20]
             fields = {"method": method, "path": path, "status": status, "duration_ms": ms}
             fields.update(client=client, user_id=state["user"].get("id"))
@@ -754,7 +754,7 @@ class UserResponse(BaseModel):
     created_at: datetime
 
 
-@router.post("/api/v1/auth/register", status_code=201, responses=answers(409, *BODY))
+@router.post("/api/v1/auth/register", status_code=201, responses=answers("email_taken", *BODY))
 async def register(email: Email, password: Secret, request: Request) -> UserResponse:
     """Create an account. The password has PASSWORD_MIN_LENGTH (8, unless set) to 128 characters."""
     services: Services = request.app.state.services
@@ -774,7 +774,7 @@ class TokenResponse(BaseModel):
     expires_in: int = Field(description="Seconds.")
 
 
-@router.post("/api/v1/auth/login", responses=answers(401, 429, *BODY))
+@router.post("/api/v1/auth/login", responses=answers("invalid_credentials", 429, *BODY))
 async def log_in(email: Email, password: Secret, request: Request) -> TokenResponse:
     """Exchange email and password for a token; "Authorize" (top right) wants it without Bearer."""
     services: Services = request.app.state.services
@@ -845,7 +845,7 @@ async def check_liveness() -> dict[str, str]:
 @router.get("/health/ready")
 async def check_readiness(request: Request) -> dict[str, str]:
     """The process and its database answer."""
-    await request.app.state.services.db.find_user_by_id(id="")
+    await request.app.state.services.db.find_user_by_id(id="")  # any statement would do
     return {"status": "ok"}
 
 
@@ -858,8 +858,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         transport = httpx.MockTransport(lambda _: httpx.Response(demo["status"], stream=HELLO))
     async with AsyncExitStack() as stack:
         db = await open_database(settings, stack)
-        key = settings.jwt_secret
-        secret = key.get_secret_value() if key else os.urandom(32).hex()
+        secret = key.get_secret_value() if (key := settings.jwt_secret) else os.urandom(32).hex()
         if key is None and settings.environment == "development":
             logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
             secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
@@ -886,7 +885,8 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
 
 def create_app(settings: Settings) -> FastAPI:
     configure_logging(settings)
-    handlers: Any = {HTTPException: problem_response, RequestValidationError: problem_response}
+    ours = [400, 404, 405, ServiceError, RequestValidationError]
+    handlers: Any = {**dict.fromkeys(ours, problem_response), HTTPException: None}  # None: as a bug
     app = FastAPI(lifespan=lifespan, exception_handlers=handlers, redirect_slashes=False)
     app.title, app.state.settings = "service", settings
     app.include_router(router, responses=answers(500, 503))

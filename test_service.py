@@ -47,6 +47,17 @@ ADA = {"email": EMAIL, "password": PASSWORD}
 REGISTER, LOGIN, ME = "/api/v1/auth/register", "/api/v1/auth/login", "/api/v1/auth/me"
 CHANGE, LOGOUT = "/api/v1/auth/password", "/api/v1/auth/logout"
 DATA, STATUS = "/api/v1/external/data", "/api/v1/external/status"
+KNOBS = {  # what the tests count on, whatever the defaults are
+    "environment": "test",
+    "jwt_expires_seconds": 86400,
+    "bcrypt_rounds": 4,
+    "password_min_length": 8,
+    "login_max_failures": 5,
+    "login_window_seconds": 300,
+    "max_body_bytes": 65536,
+    "external_attempts": 3,
+    "breaker_fail_max": 5,
+}
 
 
 @pytest.fixture
@@ -104,8 +115,8 @@ def store(request):
 @contextlib.asynccontextmanager
 async def serve(store, **knobs):
     """A client of an app on the store, with its lifespan."""
-    knobs = {"environment": "test", "bcrypt_rounds": 4, "jwt_secret": KEY, **knobs}
-    settings = service.Settings(_env_file=None, database_url=store.url, **knobs)
+    knobs = {**KNOBS, "jwt_secret": KEY, "database_url": store.url, **knobs}
+    settings = service.Settings(_env_file=None, **knobs)
     app = service.create_app(settings)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -307,7 +318,8 @@ def test_the_environment_wins_over_the_env_file_and_empty_counts_as_unset(monkey
     (tmp_path / ".env").write_text("BCRYPT_ROUNDS=5\nLOG_LEVEL=debug\nEXTERNAL_ATTEMPTS=\nX=1\n")
     settings = load(monkeypatch, BCRYPT_ROUNDS="6", LOG_FORMAT="")
     assert (settings.bcrypt_rounds, settings.log_level) == (6, "DEBUG")
-    assert (settings.external_attempts, settings.log_format) == (3, "text")
+    for name in ("external_attempts", "log_format"):
+        assert getattr(settings, name) == service.Settings.model_fields[name].default
 
 
 # ---- registration ----------------------------------------------------------------------
@@ -1047,6 +1059,19 @@ async def test_a_foreign_exception_with_a_status_is_a_500_without_its_headers(cl
     assert "x-leak" not in answer.headers
 
 
+@pytest.mark.parametrize("status", [401, 403, 409, 418, 500])
+async def test_an_httpexception_that_is_no_error_of_ours_is_a_bug_with_its_traceback(
+    client, monkeypatch, caplog, status
+):
+    async def fail(*_, **__):
+        raise service.HTTPException(status, "of FastAPI's kind")
+
+    monkeypatch.setattr(service.Database, "insert_user", fail)
+    answer = await client.post(REGISTER, json=ADA)
+    problem(answer, 500, "internal_error")
+    assert caplog.text.count("Traceback") == 1 and "of FastAPI's kind" in caplog.text
+
+
 async def test_one_response_object_sent_twice_carries_each_requests_own_id(client):
     shared = service.Response("x")
     client.app.router.add_route("/docs2", lambda request: shared)
@@ -1737,7 +1762,7 @@ async def operations(client):
 
 
 def examples(answer):
-    return answer["content"]["application/problem+json"]["examples"].values()
+    return answer["content"]["application/problem+json"]["examples"].values() if answer else []
 
 
 OWN_ERRORS = {REGISTER: "409", LOGIN: "401 429", CHANGE: "403 429", DATA: "502 504"}
@@ -1759,6 +1784,9 @@ async def test_every_operation_is_described_with_just_the_errors_that_it_can_giv
                 assert kinds == ["application/problem+json"], f"{path}: {status} in answers()"
                 assert all(str(e["value"]["status"]) == status for e in examples(answer))
                 assert answer["description"]
+            if path in (REGISTER, LOGIN):
+                codes = {e["value"]["code"] for s in ("401", "409") for e in examples(found.get(s))}
+                assert codes == {"email_taken" if path == REGISTER else "invalid_credentials"}
 
 
 async def test_the_openapi_document_knows_the_errors_shape(client):
@@ -1792,13 +1820,17 @@ async def test_new_sections_run_once_and_old_data_stays(store, monkeypatch, tmp_
     assert marks == [(number,) for number in range(1, NEXT + 1)]
 
 
-async def test_a_section_without_a_name_is_run_whole(store, monkeypatch, tmp_path):
-    schema = (FOLDER / "schema.sql").read_text()
-    text = f"{schema}\n-- migration {NEXT}\nCREATE TABLE scrap (t TEXT);\n"
+@pytest.mark.parametrize("heading", ["-- migration 4", "--Migration 4: scrap", "--  MIGRATION 4:"])
+async def test_a_heading_written_in_another_way_begins_a_section_too(
+    sqlite, monkeypatch, tmp_path, heading
+):
+    async with serve(sqlite):
+        pass
+    text = (FOLDER / "schema.sql").read_text() + f"\n{heading}\nCREATE TABLE scrap (t TEXT);\n"
     (tmp_path / "other.sql").write_text(text)
     monkeypatch.setattr(service, "SCHEMA", tmp_path / "other.sql")
-    async with serve(store):
-        assert await store.sql("SELECT * FROM scrap") == []
+    async with serve(sqlite):
+        assert await sqlite.sql("SELECT * FROM scrap") == []
 
 
 async def test_a_section_that_fails_leaves_nothing_and_is_named(store, monkeypatch, tmp_path):
@@ -2095,12 +2127,18 @@ class Server:
             base_url=self.url, timeout=15, verify=False, limits=each_its_own_connection
         )
         self.ask = self.http.request
-        knobs = {"BCRYPT_ROUNDS": "4", "LOG_FORMAT": "json", "PYTHONDONTWRITEBYTECODE": "1"}
-        knobs.update(PYTHONPATH=str(FOLDER), PATH=os.environ["PATH"], LANG="C", **environment)
+        knobs = {name.upper(): str(value) for name, value in KNOBS.items()}
+        knobs.update(ENVIRONMENT="", LOG_FORMAT="json", PYTHONDONTWRITEBYTECODE="1", LANG="C")
+        knobs.update(PYTHONPATH=str(FOLDER), PATH=os.environ["PATH"], **environment)
         command = [sys.executable, "-m", "uvicorn", app, "--port", str(self.port), *arguments]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=knobs, stdout=output or log, stderr=subprocess.STDOUT
+                command,
+                cwd=folder,
+                env=knobs,
+                stdout=output or log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its workers can be killed with it
             )
 
     def __enter__(self):
@@ -2115,8 +2153,8 @@ class Server:
 
     def __exit__(self, *_):
         self.http.close()
-        if self.process.poll() is None:
-            self.process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def stop(self):
@@ -2325,10 +2363,13 @@ def test_the_readmes_walk_gives_what_the_readme_shows(tmp_path):
     steps = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", "".join(blocks), re.M)
     with Server(tmp_path, BREAKER_RESET_SECONDS="1") as server:
         script = "".join(f"{command}\necho; echo @@\n" for command, _ in steps)
-        script = script.replace("http://127.0.0.1:8000", server.url)
+        script = script.replace("http://127.0.0.1:8000", server.url).replace(
+            "sleep 31", "sleep 1.1"
+        )
         run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
     shown = [normal(answer) for _, answer in steps]
-    assert len(shown) > 15 and [normal(a) for a in run.stdout.split("@@")[:-1]] == shown
+    found = [normal(answer) for answer in run.stdout.split("@@")[:-1]]
+    assert len(shown) > 15 and found == shown, "README.md, A walk"
 
 
 def test_importing_the_service_writes_nothing(tmp_path):
