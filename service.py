@@ -514,13 +514,13 @@ class ExternalClient:
 
     async def read(self, response: httpx.Response) -> Any:
         """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
-        body, gzip = b"", zlib.decompressobj(wbits=31)
+        body, gzip = bytearray(), zlib.decompressobj(wbits=31)
         async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > MAX_UPSTREAM_BYTES:
                 raise ValueError("too large")
         if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
-            body = gzip.decompress(body, MAX_UPSTREAM_BYTES)
+            body = bytearray(gzip.decompress(body, MAX_UPSTREAM_BYTES))
             if not gzip.eof:
                 raise ValueError("too large, or cut off")
         data = from_json(body)
