@@ -97,8 +97,8 @@ def load_settings() -> Settings:
     """Read them, or end the process with one message that names the variables, not the values."""
     try:
         return Settings()
-    except ValueError as exc:  # pydantic's, or that of a file which is not UTF-8
-        errors = getattr(exc, "errors", lambda: [{"loc": [".env"], "msg": "is not UTF-8"}])()
+    except (ValueError, OSError) as exc:  # pydantic's, or that of the file
+        errors = getattr(exc, "errors", lambda: [{"loc": [".env"], "msg": "cannot be read"}])()
         wrong = [f"{' '.join(map(str, e['loc'])).upper()} {e['msg']}".strip() for e in errors]
         raise SystemExit(f"service: not started: {'; '.join(wrong)}") from None
 
@@ -521,8 +521,8 @@ class ExternalClient:
                 raise ValueError("too large")
         if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
             body = bytearray(gzip.decompress(body, MAX_UPSTREAM_BYTES))
-            if not gzip.eof:
-                raise ValueError("too large, or cut off")
+            if not gzip.eof or gzip.unused_data:
+                raise ValueError("too large, cut off, or followed by more")
         data = from_json(body)
         json.dumps(data, allow_nan=False)  # NaN and Infinity (1e999) are not JSON
         return data
@@ -531,7 +531,7 @@ class ExternalClient:
 # ==== 6 Security ======================================================================
 # Passwords: bcrypt, in a thread a core; a bounded number waits. Throttle: counted in the database
 # before anything is hashed. Tokens: JWT; a user's token_version ends them. No reset, no MFA.
-BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{53}")  # no absurd cost
+BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 
 
 class Passwords:
@@ -559,7 +559,7 @@ class Passwords:
         return raw.decode()
 
     def compare(self, password: str, stored: str) -> bool:
-        """Takes as long without a hash, with a damaged one, or with one of a lower cost."""
+        """Takes as long without a hash, with one damaged or absurdly costly, or of a lower cost."""
         digest, usable = self.digest(password), BCRYPT_HASH.fullmatch(stored)
         same = bcrypt.checkpw(digest, stored.encode()) if usable else False
         # Costs are powers of two, and 2^a + 2^a + 2^(a+1) + ... + 2^(b-1) = 2^b.
