@@ -2,10 +2,10 @@
 
 The path of a request, which the second half of this file follows:
 
-    uvicorn > RequestContext > route > a statement or two > the answer
+    uvicorn > RequestContext > route > a few statements > the answer
               request id,            > the external client
               body limit,              (retries, circuit breaker)
-              token check, access record, every last error
+              token check, access record, the answer to every error
 
 First the vocabulary: 1 Settings, 2 Logging, 3 Errors, 4 Database, 5 External client, 6 Security.
 Then the request: 7 Middleware, 8 Routes, 9 App. Nothing is used before it is defined."""
@@ -36,6 +36,7 @@ import asyncpg  # type: ignore[import-untyped]
 import bcrypt
 import httpx
 import jwt
+import sqlalchemy
 import tenacity
 from databases import Database as Driver, DatabaseURL
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
@@ -65,12 +66,12 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
     environment: Literal["development", "production", "test"] = "development"
     database_url: str = "sqlite:///service.db"  # or postgresql://user:password@host/name
-    database_timeout_seconds: Seconds = 5  # a statement, its queue and its locks; then 503
+    database_timeout_seconds: Seconds = 5  # one statement, all its waits included; then 503
     jwt_secret: Optional[SecretStr] = None  # None: a random one; required in production
     jwt_expires_seconds: Annotated[int, Field(ge=1, le=315_360_000)] = 86400
     bcrypt_rounds: Annotated[int, Field(ge=4, le=15)] = 12  # 0.25 s; one more doubles it
     password_min_length: Annotated[int, Field(ge=1, le=128)] = 8  # characters, of new passwords
-    login_max_failures: Count = 5  # on an email from one address, in a window
+    login_max_failures: Count = 5  # failed logins per email and address, in one window
     login_window_seconds: Count = 300
     max_body_bytes: Annotated[int, Field(ge=1, le=2**30)] = 65536  # a larger body: 413
     external_api_url: Optional[AnyHttpUrl] = None  # None: the demo upstream
@@ -94,13 +95,14 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read them, or end the process with one message that names the variables, not the values."""
+    """Read the settings, or end the process: one message names the variables, never a value."""
     try:
         return Settings()
     except (ValueError, OSError) as exc:  # pydantic's, or that of the file
         errors = getattr(exc, "errors", lambda: [{"loc": [".env"], "msg": "cannot be read"}])()
         wrong = [f"{' '.join(map(str, e['loc'])).upper()} {e['msg']}".strip() for e in errors]
-        raise SystemExit(f"service: not started: {'; '.join(wrong)}") from None
+        text = "; ".join(wrong).replace("Value error, ", "")
+        raise SystemExit(f"service: not started: {text}") from None
 
 
 # ==== 2 Logging =======================================================================
@@ -111,7 +113,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 class StdoutHandler(logging.Handler):
-    """Hands its work to a thread, which alone waits for whoever reads stdout."""
+    """Hands each line to a thread; only that thread ever waits for whoever reads stdout."""
 
     def __init__(self, log_format: str, limit: int = 10_000) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class StdoutHandler(logging.Handler):
         if record.exc_info:
             entry["traceback"] = logging.Formatter().formatException(record.exc_info)
         if self.log_format == "json":
-            return json.dumps(entry)
+            return json.dumps(entry, default=str)
         lines = [json.dumps(message)[1:-1], *entry.get("traceback", "").splitlines()]
         return "{time} {level:8} [{request_id}] ".format(**entry) + "\n    ".join(lines)
 
@@ -143,7 +145,7 @@ class StdoutHandler(logging.Handler):
             self.tasks.put(lambda: os.write(1, line))
 
     def flush(self) -> None:
-        """Wait for the lines so far, one second at most. Called at exit, too."""
+        """Wait for the lines so far, one second at most. Called when the service stops."""
         done = threading.Event()
         self.tasks.put(done.set)
         done.wait(1)
@@ -170,25 +172,25 @@ def log_event(event: str, user_id: str = "", detail: str = "", level: int = logg
 
 
 # ==== 3 Errors ========================================================================
-# Whoever notices an error raises it by its code; only `problem_response` makes answers.
-# To add one: a line in ERRORS, a raise, and its status in the answers() of the route.
+# Code that meets an error raises it by its code word; only `problem_response` makes answers.
+# To add one: a line in ERRORS, a raise, and its code word in the answers() of the route.
 ERRORS = {  # code (a stable word, for programs): status, what to do next (for people)
-    "not_authenticated": (401, "This needs a token: log in, send Authorization: Bearer <token>."),
-    "invalid_token": (401, "The token is not valid, or not any more; log in again."),
+    "not_authenticated": (401, "No token was sent: log in, send Authorization: Bearer <token>."),
+    "invalid_token": (401, "The token is not valid, or no longer valid; log in again."),
     "expired_token": (401, "The token has expired; log in again."),
     "invalid_credentials": (401, "The email or the password is wrong."),
     "wrong_password": (403, "The current password is wrong; nothing was changed."),
     "not_found": (404, "There is nothing at this path; see /docs."),
-    "method_not_allowed": (405, "This path does not know the method; see the Allow header."),
+    "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
     "request_timeout": (408, "The body did not arrive in time; send it again, faster."),
-    "email_taken": (409, "There is an account with this email; log in instead."),
+    "email_taken": (409, "This email already has an account; log in instead."),
     "body_too_large": (413, "The body is too large."),
     "invalid_request": (422, "The request is not valid; see errors."),
     "too_many_attempts": (429, "Too many failed attempts; wait as long as Retry-After says."),
     "internal_error": (500, "Something broke on our side; the request id finds it in the log."),
     "external_service_error": (502, "The external service failed; try again later."),
-    "circuit_open": (503, "The external service fails and is left alone until Retry-After."),
-    "database_unavailable": (503, "The database does not answer; a write may be done or not."),
+    "circuit_open": (503, "The external service keeps failing; wait as long as Retry-After says."),
+    "database_unavailable": (503, "The database does not answer; a write may or may not be done."),
     "overloaded": (503, "Too many passwords are waiting to be checked; try again."),
     "external_timeout": (504, "The external service did not answer in time; try again later."),
 }
@@ -221,7 +223,7 @@ class ValidationError(ServiceError): ...  # what was sent is not what is asked f
 class ExternalServiceError(ServiceError): ...  # what the external API did
 
 
-async def problem_response(_: Any, exc: Exception) -> Response:
+def problem_response(exc: Exception) -> Response:
     """Answer any exception in the one shape: ours, Starlette's, FastAPI's, and a bug."""
     error, status = cast(Any, exc), exc.status_code if isinstance(exc, HTTPException) else 500
     if status == 400:  # FastAPI could not read the body
@@ -240,16 +242,17 @@ async def problem_response(_: Any, exc: Exception) -> Response:
 def answers(*errors: Any) -> dict[Any, Any]:
     """What openapi.json says of these errors, given by code or status: an example for each code."""
     described, shape = {}, {"$ref": "#/components/schemas/Problem"}
-    named = [ServiceError(code) for code in ERRORS if {code, ERRORS[code][0]} & {*errors}]
-    for status in {error.status_code for error in named}:
-        examples = {e.code: {"value": e.describe()} for e in named if e.status_code == status}
+    named = [ServiceError(code) for code in ERRORS if code in errors or ERRORS[code][0] in errors]
+    for status in sorted({error.status_code for error in named}):
+        these = [error for error in named if error.status_code == status]
+        examples = {e.code: {"value": {**e.describe(), "request_id": "-"}} for e in these}
         content = {"application/problem+json": {"schema": shape, "examples": examples}}
         described[str(status)] = {"description": ", ".join(examples), "content": content}
     return described
 
 
 # ==== 4 Database ======================================================================
-# Raw SQL through `databases`, a method a statement: constraints keep the promises, no transaction
+# Raw SQL through `databases`, one method per statement: constraints keep promises; no transaction
 # stays open. SQLite: two held connections, so reads go on while a write waits. PostgreSQL: a pool.
 Row = dict[str, Any]
 SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
@@ -261,9 +264,9 @@ class StartError(Exception): ...  # the text says why the service cannot start, 
 
 
 def sql(text: str) -> Callable[..., Awaitable[Row]]:
-    """A method that runs the SQL; it takes its `:names` and returns its first row, {} if none."""
+    """Make a method that runs the SQL: it takes the `:names` and returns the first row, or {}."""
 
-    async def run_sql(self: "Database", **values: Any) -> Row:
+    async def run_sql(self: Any, **values: Any) -> Row:
         lane = self.reads if text.lstrip().startswith("SELECT") else self.writes
         row = await self.run(lane, lambda connection: connection.fetch_one(text, values))
         return dict(row._mapping) if row else {}
@@ -272,7 +275,7 @@ def sql(text: str) -> Callable[..., Awaitable[Row]]:
 
 
 class Database:
-    """Every statement, in `timeout` seconds with queue and locks. Raises: database_unavailable."""
+    """Every statement; each has `timeout` seconds, waits included. Raises: database_unavailable."""
 
     def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
         """`reader`, `writer`: return a connection, for `at_once` statements; `timeout`: seconds."""
@@ -295,35 +298,33 @@ class Database:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             return await asyncio.wait_for(asyncio.shield(task), self.timeout)
-        except DRIVER_ERRORS as exc:  # PostgreSQL's texts quote rows, SQLite's do not
-            why = str(exc) if isinstance(exc, sqlite3.Error) else type(exc).__name__
+        except DRIVER_ERRORS as exc:
+            error = exc
         if not begun:
             task.cancel()
         elif not task.done() and isinstance(begun[0], asyncpg.Connection):
             with suppress(asyncpg.InterfaceError):  # it was released at this very moment
                 begun[0].terminate()
-        logger.warning("database: %s", why)
-        raise ServiceError("database_unavailable")
+        why = str(error) if isinstance(error, sqlite3.Error) else type(error).__name__
+        logger.warning("database: %s", why)  # PostgreSQL's texts quote rows, SQLite's do not
+        raise ServiceError("database_unavailable") from error
 
     async def find_user_by_id(self, id: str) -> Row:
-        """All who ask before it begins (8 at most) share one: each would be a trip to a thread."""
-        if len(self.asked) in (0, 8) or self.lookup.done():  # none, full, or failed in the queue
-            asked = self.asked = {id}
-
-            async def look_up(connection: Any) -> dict[str, Row]:
-                self.asked = set()  # who asks from now on must see what is written until then
-                names = dict(zip("abcdefgh", [*asked, *[id] * 8]))
-                users = await connection.fetch_all(self.USERS_BY_ID, names)
-                return {user["id"]: dict(user._mapping) for user in users}
-
-            self.lookup: Any = asyncio.ensure_future(self.run(self.reads, look_up))
+        """All who ask before it begins share one statement: each would be a trip to a thread."""
+        if not self.asked or self.lookup.done():  # nobody waits, or all waited in vain
+            self.lookup: Any = asyncio.ensure_future(self.run(self.reads, self.find_asked))
         self.asked.add(id)
         found: dict[str, Row] = await asyncio.shield(self.lookup)
         return found.get(id, {})
 
-    USERS_BY_ID = """
-        SELECT id, email, token_version, created_at FROM users
-        WHERE id IN (:a, :b, :c, :d, :e, :f, :g, :h)"""
+    async def find_asked(self, connection: Any) -> dict[str, Row]:
+        asked, self.asked = self.asked, set()  # who asks from now on must see the latest writes
+        users = await connection.fetch_all(self.USERS_BY_ID.bindparams(ids=[*asked]))
+        return {user["id"]: dict(user._mapping) for user in users}
+
+    USERS_BY_ID = sqlalchemy.text("""
+        SELECT id, email, token_version, created_at FROM users WHERE id IN :ids
+        """).bindparams(sqlalchemy.bindparam("ids", expanding=True))
     insert_user = sql("""
         INSERT INTO users (id, email, password_hash, created_at)
         VALUES (:id, :email, :password_hash, :created_at)
@@ -339,7 +340,7 @@ class Database:
         VALUES (:email, :address, 1, :ends)
         ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
         RETURNING attempts, window_ends_at""")
-    # Takes one attempt back, from the address and from all ('*'); every one from `cleared`.
+    # Takes one attempt back from the address and from the total ('*'), but all from `cleared`.
     forgive_attempt = sql("""
         UPDATE login_attempts SET attempts = CASE address WHEN :cleared THEN 0 ELSE attempts - 1 END
         WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
@@ -354,9 +355,9 @@ class Database:
 
 async def migrate(connection: Any, begin: str) -> None:
     """Run the sections of schema.sql that this database has not seen, each in one transaction.
-    `begin` opens it, with a lock against other workers. Raises: StartError; nothing stays."""
+    `begin` opens it and locks out other workers. Raises: StartError; the section leaves nothing."""
     raw = connection.raw_connection
-    run_script = raw.execute if isinstance(raw, asyncpg.Connection) else raw.executescript
+    run_script = getattr(raw, "executescript", raw.execute)  # asyncpg's takes scripts, too
     table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
     await run_script(f"{begin}; {table}; COMMIT")
     _, *parts = re.split(r"(?im)^-- *migration \d+[: ]*(.*)$", SCHEMA.read_text("utf-8"))
@@ -379,25 +380,21 @@ async def open_sqlite(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -
     reader, writer = [await stack.enter_async_context(d.connection()) for d in drivers]
     await migrate(writer, "BEGIN IMMEDIATE")
     # Workers that switch to WAL at once get "locked". FULL: a 201 survives a power cut.
-    locked = tenacity.retry_if_exception_message(match=".*locked")
-    waiting = tenacity.retry(retry=locked, stop=tenacity.stop_after_delay(timeout), reraise=True)
-    await waiting(writer.fetch_one)("PRAGMA journal_mode = WAL")
+    retrying = tenacity.retry(stop=tenacity.stop_after_delay(timeout), reraise=True)
+    await retrying(writer.fetch_one)("PRAGMA journal_mode = WAL")
     await writer.raw_connection.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON")
     return Database(lambda: reader, lambda: writer, 1, timeout)
 
 
 async def open_postgres(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -> Database:
-    lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms; or what we gave up waits on
+    lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms: ends what we gave up
     pool = Driver(url, min_size=0, timeout=timeout, server_settings=lock_limit)
     await pool.connect()
+    stack.enter_context(suppress(asyncio.TimeoutError))  # from the next line: a frozen server
     stack.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
-    async with pool.connection() as connection:
-        # Nothing else ends the wait if the server freezes while we migrate or give it back.
-        cut = asyncio.get_running_loop().call_later(timeout, connection.raw_connection.terminate)
-        stack.callback(cut.cancel)
-        await migrate(connection, "BEGIN; SELECT pg_advisory_xact_lock(7519)")
-    cut.cancel()
-    return Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
+    db = Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
+    await db.run(db.writes, lambda c: migrate(c, "BEGIN; SELECT pg_advisory_xact_lock(7519)"))
+    return db
 
 
 async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
@@ -405,9 +402,9 @@ async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
     url, timeout = DatabaseURL(settings.database_url), settings.database_timeout_seconds
     try:
         return await (open_sqlite if url.scheme == "sqlite" else open_postgres)(url, timeout, stack)
-    except (StartError, *DRIVER_ERRORS, ValueError, OverflowError) as exc:
+    except (StartError, ServiceError, *DRIVER_ERRORS, ValueError, OverflowError) as exc:
         place = re.sub("(?<=^postgresql://).*@", "", settings.database_url)
-        why = str(exc).partition("\n")[0] or "no answer in time"
+        why = str(exc.__cause__ or exc).partition("\n")[0] or "no answer in time"
         raise StartError(f"DATABASE_URL: cannot use {place}: {why}") from None
 
 
@@ -425,8 +422,8 @@ class RejectionError(ExternalServiceError): ...  # a 4xx: we asked badly; the AP
 
 
 class Circuit(CircuitBreaker, CircuitBreakerListener):
-    """pybreaker for coroutines: an attempt is awaited first, then pybreaker calls its result. By
-    hand: one probe only; no heed to who began before the last change of state; monotonic time."""
+    """pybreaker for coroutines: an attempt is awaited first, then pybreaker is given its result.
+    Added: one probe only; who began before a change of state does not count; monotonic time."""
 
     def __init__(self, fail_max: int, reset_seconds: float) -> None:
         super().__init__(fail_max, exclude=[RejectionError], throw_new_error_on_trip=False)
@@ -464,9 +461,12 @@ class Circuit(CircuitBreaker, CircuitBreakerListener):
 class ExternalClient:
     """Fetches JSON from an API that may fail, hang or lie."""
 
-    def __init__(self, settings: Settings, transport: Optional[httpx.AsyncBaseTransport]) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
         self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
+        self.demo_status = 200
+        demo = httpx.MockTransport(lambda _: httpx.Response(self.demo_status, stream=HELLO))
+        transport = None if settings.external_api_url else demo
         limits = httpx.Limits(max_connections=None)  # to wait for one would look like a failure
         self.http = httpx.AsyncClient(transport=transport, trust_env=False, limits=limits)
         self.http.timeout, self.http.event_hooks = None, {"response": [self.check_status]}
@@ -488,7 +488,7 @@ class ExternalClient:
         return await retrying(circuit.run, lambda: self.get(ends))
 
     async def get(self, ends: float) -> Any:
-        """One attempt, in its own time and the deadline's. Raises: ExternalServiceError."""
+        """One attempt, within its time and the deadline's. Raises: ExternalServiceError."""
         limit = min(self.settings.external_timeout_seconds, ends - time.monotonic())
         headers = {"Accept-Encoding": "gzip", "X-Request-ID": request_id.get()}
         self.http.cookies.clear()  # or one caller's would be sent for another
@@ -529,7 +529,7 @@ class ExternalClient:
 
 
 # ==== 6 Security ======================================================================
-# Passwords: bcrypt, in a thread a core; a bounded number waits. Throttle: counted in the database
+# Passwords: bcrypt, one thread per core, a bounded queue. Throttle: counted in the database
 # before anything is hashed. Tokens: JWT; a user's token_version ends them. No reset, no MFA.
 BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 
@@ -543,7 +543,7 @@ class Passwords:
         self.places = anyio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
 
     def digest(self, password: str) -> bytes:
-        """64 bytes (bcrypt reads 72). The key is public: it only tells ours from other digests."""
+        """64 bytes: bcrypt reads 72 at most. The key is public: it only makes the digest ours."""
         return hmac.digest(b"service.py: password", password.encode(), "sha256").hex().encode()
 
     def place(self) -> anyio.Semaphore:
@@ -559,7 +559,7 @@ class Passwords:
         return raw.decode()
 
     def compare(self, password: str, stored: str) -> bool:
-        """Takes as long without a hash, with one damaged or absurdly costly, or of a lower cost."""
+        """Takes the same time with no hash, one damaged or too costly, or one of a lower cost."""
         digest, usable = self.digest(password), BCRYPT_HASH.fullmatch(stored)
         same = bcrypt.checkpw(digest, stored.encode()) if usable else False
         # Costs are powers of two, and 2^a + 2^a + 2^(a+1) + ... + 2^(b-1) = 2^b.
@@ -575,24 +575,23 @@ class Services(NamedTuple):  # what lives as long as the process, and works toge
     settings: Settings
     db: Database
     external: ExternalClient
-    demo: dict[str, int]
     passwords: Passwords
     token_secret: bytes
 
     async def authenticate(self, email: str, address: str, password: str, refusal: str) -> Row:
-        """Return the user; until then, count a failure. Raises: AuthError; too_many_attempts."""
+        """Return the user; counts as failed until then. Raises: AuthError; too_many_attempts."""
         now, most = int(time.time()), self.settings.login_max_failures
-        ends = now + self.settings.login_window_seconds
+        window = self.settings.login_window_seconds
         async with self.passwords.place():
-            await self.db.delete_ended_windows(now=now, latest=2 * ends - now)
-            for source, limit in ((address, most), ("*", 10 * most)):  # one must not use up all's
-                row = await self.db.count_attempt(email=email, address=source, ends=ends)
+            await self.db.delete_ended_windows(now=now, latest=now + 2 * window)
+            user = await self.db.find_user_by_email(email=email)
+            for source, limit in ((address, most), ("*", 10 * most)):  # or one could spend them all
+                row = await self.db.count_attempt(email=email, address=source, ends=now + window)
                 if row["attempts"] > limit:
                     if source == "*":  # no password was checked: take it back from the address
                         await self.db.forgive_attempt(email=email, address=address, cleared="")
-                    log_event("login_throttled", level=logging.WARNING)
+                    log_event("login_throttled", user.get("id", ""), level=logging.WARNING)
                     raise ServiceError("too_many_attempts", row["window_ends_at"] - now)
-            user = await self.db.find_user_by_email(email=email)
             if not await self.passwords.verify(password, user.get("password_hash", "")):
                 log_event("login_failed", user.get("id", ""), level=logging.WARNING)
                 raise AuthError(refusal)
@@ -636,20 +635,20 @@ class Services(NamedTuple):  # what lives as long as the process, and works toge
 
 
 # ==== 7 Middleware ====================================================================
-# One, plain ASGI. What it learns it tells the routes, through scope["state"].
+# One plain ASGI class. What it learns, it tells the routes through scope["state"].
 BODY_SECONDS = 5  # for a whole body to arrive
-NO_STORE = (b"cache-control", b"no-store")  # tokens and accounts are nobody else's
+NO_STORE = (b"cache-control", b"no-store")  # caches must not keep tokens and accounts
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PUBLIC_PATHS = {"/api/v1/auth/register", "/api/v1/auth/login", "/demo/upstream"}
 PUBLIC_PATHS |= {"/health/live", "/health/ready", "/docs", "/redoc", "/openapi.json"}
 
 
 async def read_body(request: Request, receive: Receive) -> Receive:
-    """Read all, in bounds; return a `receive` that repeats it. Raises: body_too_large, and 408."""
-    headers, limit = request.headers, request.app.state.settings.max_body_bytes
-    if "content-length" not in headers and "transfer-encoding" not in headers:
+    """Read a bounded body; return a `receive` that repeats it. Raises: body_too_large, and 408."""
+    limit = request.app.state.settings.max_body_bytes
+    length = request.headers.get("content-length", "0")
+    if length == "0" and "transfer-encoding" not in request.headers:
         return receive
-    length = headers.get("content-length", "0")
     if len(length) > 10 or int(length) > limit:  # 5,000 zeros are more than int() takes
         raise ServiceError("body_too_large")
     body = bytearray()
@@ -709,12 +708,13 @@ class RequestContext:
             await check_token(request)
             await self.app(scope, receive, send_with_id)
         except Exception as exc:
-            if isinstance(exc, AuthError) and "authorization" in request.headers:
+            response = problem_response(exc)
+            if isinstance(exc, AuthError) and exc.code.endswith("_token"):
                 log_event("token_refused", "", exc.code, logging.WARNING)
-            elif not isinstance(exc, ServiceError):
+            elif response.status_code == 500:
                 logger.exception("unhandled error")
             if not status:
-                await (await problem_response(None, exc))(scope, receive, send_with_id)
+                await response(scope, receive, send_with_id)
         finally:
             path = scope["raw_path"][:500].decode("ascii", "backslashreplace")  # a line: one write
             ms, method = round((time.perf_counter() - began) * 1000, 2), scope["method"][:20]
@@ -742,7 +742,7 @@ def normalise_email(value: str) -> str:
 SPECIAL_USE_DOMAIN_NAMES.clear()  # .test and .local are good syntax, too
 EMAIL = Body(max_length=254, examples=["ada@example.com"], json_schema_extra={"format": "email"})
 Email = Annotated[str, EMAIL, AfterValidator(normalise_email)]
-# One password in both its Unicode forms. NFC leaves a quarter of the characters at least, so 512.
+# Both Unicode forms are one password. NFC leaves at least a quarter of the characters: hence 512.
 NFC = AfterValidator(lambda value: unicodedata.normalize("NFC", value))
 Secret = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"]), NFC]
 Flag = Annotated[bool, Body(embed=True, strict=True)]
@@ -833,7 +833,7 @@ async def show_circuit(request: Request) -> CircuitStatus:
 @demo_router.put("/demo/upstream", status_code=204, responses=answers(*BODY))
 async def switch_demo_upstream(failing: Flag, request: Request) -> None:
     """Make the demo upstream fail, or heal it; the circuit notices when you fetch external data."""
-    request.app.state.services.demo["status"] = 503 if failing else 200
+    request.app.state.services.external.demo_status = 503 if failing else 200
 
 
 @router.get("/health/live")
@@ -853,18 +853,18 @@ async def check_readiness(request: Request) -> dict[str, str]:
 # The lifespan opens what lives as long as the process, and closes it after the last answer.
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settings, transport, demo = app.state.settings, None, {"status": 200}
-    if settings.external_api_url is None:
-        transport = httpx.MockTransport(lambda _: httpx.Response(demo["status"], stream=HELLO))
+    settings = app.state.settings
     async with AsyncExitStack() as stack:
+        for handler in logging.getLogger().handlers:  # uvicorn ends by the signal: no atexit then
+            stack.callback(handler.flush)
         db = await open_database(settings, stack)
         secret = key.get_secret_value() if (key := settings.jwt_secret) else os.urandom(32).hex()
         if key is None and settings.environment == "development":
             logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
             secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
-        client, passwords = ExternalClient(settings, transport), Passwords(settings.bcrypt_rounds)
-        await stack.enter_async_context(client.http)
-        app.state.services = Services(settings, db, client, demo, passwords, os.fsencode(secret))
+        external, passwords = ExternalClient(settings), Passwords(settings.bcrypt_rounds)
+        await stack.enter_async_context(external.http)
+        app.state.services = Services(settings, db, external, passwords, os.fsencode(secret))
         yield
 
 
@@ -885,8 +885,7 @@ def describe_api(app: FastAPI) -> dict[str, Any]:
 
 def create_app(settings: Settings) -> FastAPI:
     configure_logging(settings)
-    ours = [400, 404, 405, ServiceError, RequestValidationError]
-    handlers: Any = {**dict.fromkeys(ours, problem_response), HTTPException: None}  # None: as a bug
+    handlers: Any = {HTTPException: None, RequestValidationError: None}  # RequestContext answers
     app = FastAPI(lifespan=lifespan, exception_handlers=handlers, redirect_slashes=False)
     app.title, app.state.settings = "service", settings
     app.include_router(router, responses=answers(500, 503))
