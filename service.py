@@ -299,15 +299,14 @@ class Database:
         try:
             return await asyncio.wait_for(asyncio.shield(task), self.timeout)
         except DRIVER_ERRORS as exc:
-            error = exc
-        if not begun:
-            task.cancel()
-        elif not task.done() and isinstance(begun[0], asyncpg.Connection):
-            with suppress(asyncpg.InterfaceError):  # it was released at this very moment
-                begun[0].terminate()
-        why = str(error) if isinstance(error, sqlite3.Error) else type(error).__name__
-        logger.warning("database: %s", why)  # PostgreSQL's texts quote rows, SQLite's do not
-        raise ServiceError("database_unavailable") from error
+            if not begun:
+                task.cancel()
+            elif not task.done() and isinstance(begun[0], asyncpg.Connection):
+                with suppress(asyncpg.InterfaceError):  # it was released at this very moment
+                    begun[0].terminate()
+            why = str(exc) if isinstance(exc, sqlite3.Error) else type(exc).__name__
+            logger.warning("database: %s", why)  # PostgreSQL's texts quote rows, SQLite's do not
+            raise ServiceError("database_unavailable") from None  # nor may a traceback show them
 
     async def find_user_by_id(self, id: str) -> Row:
         """All who ask before it begins share one statement: each would be a trip to a thread."""
@@ -390,8 +389,8 @@ async def open_postgres(url: DatabaseURL, timeout: float, stack: AsyncExitStack)
     lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms: ends what we gave up
     pool = Driver(url, min_size=0, timeout=timeout, server_settings=lock_limit)
     await pool.connect()
-    stack.enter_context(suppress(asyncio.TimeoutError))  # from the next line: a frozen server
-    stack.push_async_callback(asyncio.wait_for, pool.disconnect(), timeout)
+    closing = asyncio.wait_for(pool.disconnect(), timeout)  # a frozen server fails nothing else
+    stack.push_async_callback(asyncio.gather, closing, return_exceptions=True)
     db = Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
     await db.run(db.writes, lambda c: migrate(c, "BEGIN; SELECT pg_advisory_xact_lock(7519)"))
     return db
@@ -404,7 +403,8 @@ async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
         return await (open_sqlite if url.scheme == "sqlite" else open_postgres)(url, timeout, stack)
     except (StartError, ServiceError, *DRIVER_ERRORS, ValueError, OverflowError) as exc:
         place = re.sub("(?<=^postgresql://).*@", "", settings.database_url)
-        why = str(exc.__cause__ or exc).partition("\n")[0] or "no answer in time"
+        reason = exc.__context__ if isinstance(exc, ServiceError) else exc  # what `run` keeps back
+        why = str(reason).partition("\n")[0] or "no answer in time"
         raise StartError(f"DATABASE_URL: cannot use {place}: {why}") from None
 
 
