@@ -1,40 +1,46 @@
--- The schema, as numbered migrations: one section each, for SQLite and PostgreSQL alike.
+-- The schema, as numbered migrations. The same file works on SQLite and on PostgreSQL.
 --
--- At start every section that this database has not seen runs once, in order, each in a
--- transaction of its own together with its mark in schema_migrations. To change the schema,
--- add a section at the end with the next number; never edit one that has run anywhere.
+-- At startup, the service runs every section that this database has not run yet, in order.
+-- Each section runs in its own transaction, which also records its number in the table
+-- schema_migrations. The numbers are 1, 2, 3 and so on.
 --
--- Both databases read this file, so: TEXT and BIGINT columns, times written by the service
--- (RFC 3339 text in UTC where people read them, whole epoch seconds where SQL compares them),
--- no AUTOINCREMENT, SERIAL, NOW() or LOWER().
+-- To change the schema, add a section at the end, with the next number. Never change a
+-- section that has run anywhere: nobody would run it again.
+--
+-- Use the types TEXT and BIGINT only. The service writes the times: as RFC 3339 text in UTC
+-- where people read them, as whole seconds since 1970 where SQL compares them. AUTOINCREMENT,
+-- SERIAL, NOW() and LOWER() do not mean the same on both databases, so avoid them.
 
 
 -- migration 1: users
--- One row per account.
+-- One row for each account.
 CREATE TABLE users (
-    id             TEXT   NOT NULL PRIMARY KEY,  -- a random UUID, the `sub` of its tokens
-    email          TEXT   NOT NULL UNIQUE,       -- in lower case: UNIQUE is what answers 409
+    id             TEXT   NOT NULL PRIMARY KEY,  -- a random UUID; the claim `sub` of a token
+    email          TEXT   NOT NULL UNIQUE,       -- in lower case; UNIQUE leads to the 409
     password_hash  TEXT   NOT NULL,              -- bcrypt of an HMAC-SHA-256 of the password
-    token_version  BIGINT NOT NULL DEFAULT 0,    -- a token that carries another one is refused
+    token_version  BIGINT NOT NULL DEFAULT 0,    -- a token with another version is refused
     created_at     TEXT   NOT NULL               -- RFC 3339, UTC
 );
 
 
 -- migration 2: login attempts
--- One row for each email and address that tries to log in, and one with address '*' for all
--- addresses together. It counts the attempts of a window that have not (yet) succeeded.
+-- One row for each email and address that tries to log in, and one row with the address '*'
+-- for all addresses together. An attempt is counted before the password is checked, and
+-- taken back if the password was right. So the number is that of the failed attempts, plus
+-- the attempts that are being checked now.
 CREATE TABLE login_attempts (
-    email           TEXT   NOT NULL,             -- in lower case, too; of an account or of none
-    address         TEXT   NOT NULL,
-    attempts        BIGINT NOT NULL,
-    window_ends_at  BIGINT NOT NULL,             -- epoch seconds; afterwards the row means nothing
-    PRIMARY KEY (email, address)                 -- the upsert that counts needs it to be atomic
+    email           TEXT   NOT NULL,             -- in lower case; it need not have an account
+    address         TEXT   NOT NULL,             -- of the client, or '*'
+    attempts        BIGINT NOT NULL,             -- in the current window
+    window_ends_at  BIGINT NOT NULL,             -- seconds since 1970; then counting restarts
+    PRIMARY KEY (email, address)                 -- makes the upsert that counts atomic
 );
 CREATE INDEX login_attempts_by_end ON login_attempts (window_ends_at);
 
 
 -- migration 3: secrets
--- What the service made up itself and must remember: the key that signs tokens in development.
+-- Values that the service made up and must remember: in development, the key that signs
+-- tokens.
 CREATE TABLE secrets (
     name   TEXT NOT NULL PRIMARY KEY,
     value  TEXT NOT NULL

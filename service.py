@@ -1,899 +1,2063 @@
-"""A small service to read, run and copy: accounts, tokens, and a client for an unstable API.
+# ruff: noqa: UP007, UP017, UP041, UP045 (Python 3.9 does not know the newer forms)
+"""A small service to read, run and copy: accounts, and a client for an unreliable API.
 
-The path of a request, which the second half of this file follows:
+A request passes these layers, from the outside to the inside:
 
-    uvicorn > RequestContext > route > a few statements > the answer
-              request id,            > the external client
-              body limit,              (retries, circuit breaker)
-              token check, access record, the answer to every error
+    uvicorn          speaks HTTP
+    RequestContext   gives the request its id and its line in the log, answers bugs
+    BodyLimit        refuses a body that is too large or too slow
+    TokenCheck       refuses a request without a valid token, unless its path is public
+    FastAPI          finds the route, checks the input against the model of the route
+    the route        uses the services and returns a model
+    Services         the database, the accounts, the external client and other parts
 
-First the vocabulary: 1 Settings, 2 Logging, 3 Errors, 4 Database, 5 External client, 6 Security.
-Then the request: 7 Middleware, 8 Routes, 9 App. Nothing is used before it is defined."""
+The sections of this file; nothing is used before it is defined:
+
+    1 Settings          what can be configured
+    2 Logging           one line for each record, in text or JSON
+    3 Errors            what can go wrong, and the one shape of the answers
+    4 Database          one method for each SQL statement
+    5 External client   retries and a circuit breaker around an API that may fail
+    6 Security          passwords, the login throttle, tokens
+    7 Middleware        RequestContext, BodyLimit and TokenCheck
+    8 Routes            models, dependencies and endpoints
+    9 App               start, stop, and how the parts come together
+
+You need not read everything. Follow a login first (`log_in`, `authenticate`,
+`find_login`, `RequestContext`), then a call of the external API (`fetch`, `Circuit`,
+`get`).
+"""
 
 import asyncio
+import atexit
 import hmac
 import json
 import logging
+import logging.handlers
 import math
 import os
-import pathlib
 import queue
 import re
+import secrets
 import sqlite3
-import threading
+import sys
 import time
 import unicodedata
 import uuid
-import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Annotated, Any, Literal, NamedTuple, Optional, cast
+from functools import wraps
+from http import HTTPStatus
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union, cast
+from urllib.parse import quote
 
+import aiosqlite
 import anyio
 import asyncpg  # type: ignore[import-untyped]
 import bcrypt
+import databases
+import email_validator
 import httpx
 import jwt
-import sqlalchemy
+import pybreaker
+import pydantic
 import tenacity
-from databases import Database as Driver, DatabaseURL
-from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
-from fastapi import APIRouter, Body, FastAPI, Request, Response
+from databases.core import Connection
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from pybreaker import CircuitBreaker, CircuitBreakerListener
-from pydantic import AfterValidator, AnyHttpUrl, BaseModel, BeforeValidator, Field, SecretStr
-from pydantic_core import from_json, to_json
+from fastapi.security import HTTPBearer
+from fastapi.utils import is_body_allowed_for_status_code
+from pydantic import BaseModel, Field, JsonValue, SecretStr
+from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import ParamSpec
 
-# ==== 1 Settings ======================================================================
-# Read once, at start: the environment wins over `.env`; an empty value counts as unset.
-# To add one: a field, a line in `.env.example`, a row in the README. SERVER: user:pass@host/db
+T = TypeVar("T")
+P = ParamSpec("P")
+
+# ======================================================================================
+# 1 Settings
+#
+# Environment variables win over the file `.env`. An empty value counts as unset.
+# To add a setting, add a field here, a line to `.env.example` and a row to the README.
+
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-SERVER = r"([^][/?#@:]+(:[^][/?#@:]*)?@)?([^][/?#@:]+|\[[\da-f:]+\])(:\d+)?/[^][/?#@:]+"
-URL = rf"sqlite:///[^:?#][^?#]*|postgresql://(?=[!-~]+$){SERVER}(\?(&?(ssl|max_size)=[\w-]+)+)?"
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+class StartError(Exception):
+    """The service cannot start. The text says why, and contains no secret."""
 
 
 class Settings(BaseSettings):
-    """Every knob. Raises: pydantic.ValidationError."""
+    """README.md explains each setting. Raises pydantic.ValidationError."""
 
-    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_file_encoding="utf-8-sig",  # some editors write a byte order mark
+        env_ignore_empty=True,
+        extra="ignore",
+        hide_input_in_errors=True,
+    )
+
     environment: Literal["development", "production", "test"] = "development"
-    database_url: str = "sqlite:///service.db"  # or postgresql://user:password@host/name
-    database_timeout_seconds: Seconds = 5  # one statement, all its waits included; then 503
-    jwt_secret: Optional[SecretStr] = None  # None: a random one; required in production
-    jwt_expires_seconds: Annotated[int, Field(ge=1, le=315_360_000)] = 86400
-    bcrypt_rounds: Annotated[int, Field(ge=4, le=15)] = 12  # 0.25 s; one more doubles it
-    password_min_length: Annotated[int, Field(ge=1, le=128)] = 8  # characters, of new passwords
-    login_max_failures: Count = 5  # failed logins per email and address, in one window
+    database_url: str = "sqlite:///service.db"
+    database_timeout_seconds: Seconds = 5
+    jwt_secret: Optional[SecretStr] = None
+    jwt_expires_seconds: int = Field(default=86400, ge=1, le=315_360_000)
+    bcrypt_rounds: int = Field(default=12, ge=4, le=15)
+    login_max_failures: Count = 5
     login_window_seconds: Count = 300
-    max_body_bytes: Annotated[int, Field(ge=1, le=2**30)] = 65536  # a larger body: 413
-    external_api_url: Optional[AnyHttpUrl] = None  # None: the demo upstream
-    external_timeout_seconds: Seconds = 2  # one attempt, from first to last byte
-    external_deadline_seconds: Seconds = 5  # the whole call, attempts and waits
-    external_attempts: Annotated[int, Field(ge=1, le=20)] = 3
-    breaker_fail_max: Count = 5  # failed attempts in a row that open the circuit
-    breaker_reset_seconds: Seconds = 30  # how long it stays open before one probe
-    log_level: Annotated[Level, BeforeValidator(str.upper)] = "INFO"
+    max_body_bytes: int = Field(default=65536, ge=1, le=2**30)
+    external_api_url: Optional[pydantic.AnyHttpUrl] = None
+    external_timeout_seconds: Seconds = 2
+    external_deadline_seconds: Seconds = 5
+    external_attempts: int = Field(default=3, ge=1, le=20)
+    breaker_fail_max: Count = 5
+    breaker_reset_seconds: Seconds = 30
+    log_level: Annotated[LogLevel, pydantic.BeforeValidator(str.upper)] = "INFO"
     log_format: Literal["text", "json"] = "text"
 
-    def model_post_init(self, _: Any) -> None:
-        """Checks that a type cannot make. The key: no shorter than its hash (RFC 7518, 3.2)."""
-        if not re.fullmatch(URL, self.database_url):
-            raise ValueError("DATABASE_URL: use sqlite:///path or postgresql://user:pass@host/db")
-        if self.jwt_secret and len(os.fsencode(self.jwt_secret.get_secret_value())) < 32:
-            raise ValueError("JWT_SECRET must have 32 bytes or more; try: openssl rand -hex 32")
-        missing = [n for n in ("jwt_secret", "external_api_url") if getattr(self, n) is None]
+    @pydantic.field_validator("database_url")
+    @classmethod
+    def check_database_url(cls, value: str) -> str:
+        """Refuse what `databases` would misunderstand, without showing a password."""
+        is_good = re.fullmatch(r"sqlite:///[^?#]+", value) is not None
+        if re.fullmatch("postgresql://[^#]+", value):
+            with suppress(ValueError):
+                url = databases.DatabaseURL(value)
+                has_name = re.fullmatch("[^/@]+", url.database) is not None
+                has_host = bool(url.hostname) and url.port != 0
+                has_known_options = {"ssl", "max_size"}.issuperset(url.options)
+                has_good_size = int(url.options.get("max_size", 1)) > 0
+                is_good = has_host and has_name and has_known_options and has_good_size
+        if not is_good:
+            hint = "use sqlite:///path or postgresql://user:password@host:port/name"
+            raise PydanticCustomError("database_url", hint)
+        return value
+
+    @pydantic.field_validator("jwt_secret")
+    @classmethod
+    def check_jwt_secret(cls, value: Optional[SecretStr]) -> Optional[SecretStr]:
+        """A key must not be shorter than its hash (RFC 7518, 3.2)."""
+        if value is not None and len(os.fsencode(value.get_secret_value())) < 32:
+            hint = "use 32 bytes or more, for example: openssl rand -hex 32"
+            raise PydanticCustomError("jwt_secret", hint)
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def check_production(self) -> "Settings":
+        """Production must not use a secret or an API that the service made up."""
+        required = {
+            "JWT_SECRET": self.jwt_secret,
+            "EXTERNAL_API_URL": self.external_api_url,
+        }
+        missing = [name for name, value in required.items() if value is None]
         if missing and self.environment == "production":
-            raise ValueError(f"{', '.join(missing).upper()}: required in production")
+            hint = f"{', '.join(missing)}: required in production"
+            raise PydanticCustomError("missing", hint)
+        return self
 
 
 def load_settings() -> Settings:
-    """Read the settings, or end the process: one message names the variables, never a value."""
+    """Read the settings. Raises StartError, which names the wrong variables."""
     try:
         return Settings()
-    except (ValueError, OSError) as exc:  # pydantic's, or that of the file
-        errors = getattr(exc, "errors", lambda: [{"loc": [".env"], "msg": "cannot be read"}])()
-        wrong = [f"{' '.join(map(str, e['loc'])).upper()} {e['msg']}".strip() for e in errors]
-        text = "; ".join(wrong).replace("Value error, ", "")
-        raise SystemExit(f"service: not started: {text}") from None
+    except pydantic.ValidationError as error:
+        mistakes = []
+        for item in error.errors():
+            names = [str(name).upper() for name in item["loc"]]
+            mistakes.append(": ".join([*names, item["msg"]]))
+        raise StartError("; ".join(mistakes)) from None
+    except (OSError, UnicodeError) as error:
+        raise StartError(f".env cannot be read: {type(error).__name__}") from None
 
 
-# ==== 2 Logging =======================================================================
-# One line a record, to stdout. A reader that stalls never stalls the service: past 10,000 waiting
-# lines, new ones are dropped and counted. Other libraries: WARNING and up, as DEBUG shows values.
+# ======================================================================================
+# 2 Logging
+#
+# Every record goes through one queue to one thread. Only that thread waits for the
+# reader of stdout. So a reader that stalls never stalls the service: when the queue is
+# full, new records are dropped and counted. To log something, call `logger.info(...)`,
+# or `log_event` for an event that has a name. At first reading, skip the classes.
+
 logger = logging.getLogger("service")
-request_id: ContextVar[str] = ContextVar("request_id", default="-")
+current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
+
+STDOUT = 1  # the number of its file descriptor
+MAX_WAITING_LINES = 10_000
+
+# A terminal or a log reader could take these for the end of a line, or for a command.
+CONTROL_NUMBERS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+CONTROL_ESCAPES = {number: f"\\x{number:02x}" for number in CONTROL_NUMBERS}
 
 
-class StdoutHandler(logging.Handler):
-    """Hands each line to a thread; only that thread ever waits for whoever reads stdout."""
+def format_time(record: logging.LogRecord) -> str:
+    """Return the time in UTC, as RFC 3339 writes it."""
+    moment = datetime.fromtimestamp(record.created, timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
-    def __init__(self, log_format: str, limit: int = 10_000) -> None:
-        super().__init__()
-        self.log_format, self.limit, self.dropped = log_format, limit, 0
-        self.tasks: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        threading.Thread(target=self.work, name="log", daemon=True).start()
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object, for machines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One JSON object; or text, in which only the service itself can begin a line."""
-        # Starlette hands over a failed start as a traceback; the sentence at its end is enough.
-        message = re.split("(?:Start|Service)Error: ", record.getMessage())[-1].strip()
-        dropped, self.dropped = self.dropped, 0
-        message += f" ({dropped} records before this were dropped)" if dropped else ""
-        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
-        entry = {"time": moment, "level": record.levelname, "logger": record.name}
-        entry.update(message=message, request_id=request_id.get(), **getattr(record, "fields", {}))
+        entry = {
+            "time": format_time(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": current_request_id.get(),
+            **getattr(record, "fields", {}),
+        }
         if record.exc_info:
-            entry["traceback"] = logging.Formatter().formatException(record.exc_info)
-        if self.log_format == "json":
-            return json.dumps(entry, default=str)
-        lines = [json.dumps(message)[1:-1], *entry.get("traceback", "").splitlines()]
-        return "{time} {level:8} [{request_id}] ".format(**entry) + "\n    ".join(lines)
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """Formats a record as one line, for people. A traceback follows in indented lines.
+
+    Control characters are escaped, so that no message can forge another record.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = [record.getMessage()]
+        if record.exc_info:
+            lines += self.formatException(record.exc_info).splitlines()
+        text = "\n    ".join(line.translate(CONTROL_ESCAPES) for line in lines)
+        request_id = current_request_id.get()
+        return f"{format_time(record)} {record.levelname:7} [{request_id}] {text}"
+
+
+log_queue: "queue.Queue[bytes]" = queue.Queue(MAX_WAITING_LINES)
+
+
+class LogQueueHandler(logging.handlers.QueueHandler):
+    """Hands a record as a finished line to the thread that writes. It never waits."""
+
+    dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+
+    def enqueue(self, record: Any) -> None:
+        """`record` is the line that `prepare` has returned."""
+        try:
+            log_queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.tasks.qsize() >= self.limit:
-            self.dropped += 1
-        else:
-            line = (self.format(record) + "\n").encode(errors="backslashreplace")
-            self.tasks.put(lambda: os.write(1, line))
+        if self.dropped and not log_queue.full():
+            count = self.dropped
+            self.dropped = 0
+            self.report(f"{count} log records were dropped, because nobody read stdout")
+        super().emit(record)
 
-    def flush(self) -> None:
-        """Wait for the lines so far, one second at most. Called when the service stops."""
-        done = threading.Event()
-        self.tasks.put(done.set)
-        done.wait(1)
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log call with wrong arguments must not harm the request that made it."""
+        self.report(f"a log call is wrong: {record.pathname}, line {record.lineno}")
 
-    def work(self) -> None:
-        while True:
-            with suppress(OSError):  # the reader has gone, and with it the line
-                self.tasks.get()()
+    def report(self, message: str) -> None:
+        values = {"name": logger.name, "levelname": "WARNING", "msg": message}
+        self.handle(logging.makeLogRecord(values))
+
+
+class StdoutListener(logging.handlers.QueueListener):
+    """The thread that writes. It runs until the process ends.
+
+    SIGTERM ends the process at once after the lifespan, so the log may lack the last
+    two lines of uvicorn.
+    """
+
+    is_running = False
+
+    def start(self) -> None:
+        """Start once per process. No thread survives a fork, so not at import."""
+        if not self.is_running:
+            self.is_running = True
+            super().start()
+
+    def dequeue(self, block: bool) -> Any:
+        """Wait a little first, so that the thread wakes up once for many lines."""
+        if log_queue.empty():
+            time.sleep(0.01)
+        return log_queue.get(block)
+
+    def handle(self, record: Any) -> None:
+        # print() would not do: Python would wait for its lock at exit, if a reader
+        # stalls.
+        line: bytes = record
+        while line:
+            try:
+                line = line[os.write(STDOUT, line) :]
+            except BlockingIOError:  # under some supervisors
+                time.sleep(0.01)
+            except OSError:  # the reader has gone away
+                return
+
+    def wait_until_written(self) -> None:
+        """Wait for the lines so far, but no longer than a second."""
+        deadline = time.monotonic() + 1
+        while log_queue.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+
+log_listener = StdoutListener(log_queue)
+atexit.register(log_listener.wait_until_written)
 
 
 def configure_logging(settings: Settings) -> None:
-    """All through one handler, uvicorn's too. CRITICAL counts as ERROR: a failed start is said."""
-    logging.basicConfig(handlers=[StdoutHandler(settings.log_format)], level="WARNING", force=True)
-    for name in ("service", "uvicorn", "uvicorn.error", "uvicorn.access"):
-        log = logging.getLogger(name)
-        log.handlers, log.propagate = [], name != "uvicorn.access"
-        log.setLevel(min(logging.getLevelName(settings.log_level), logging.ERROR))
+    """Send the records of the service, of uvicorn and of all libraries to one handler.
+
+    Libraries log from WARNING on, because some show the values of SQL at DEBUG.
+    """
+    is_json = settings.log_format == "json"
+    handler = LogQueueHandler(log_queue)
+    handler.setFormatter(JsonFormatter() if is_json else TextFormatter())
+    root = logging.getLogger()
+    others = [old for old in root.handlers if not isinstance(old, LogQueueHandler)]
+    root.handlers = [*others, handler]
+    root.setLevel(logging.WARNING)
+    for name in ("service", "uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(settings.log_level)
+    access_log = logging.getLogger("uvicorn.access")
+    access_log.handlers = []
+    access_log.propagate = False  # RequestContext logs the requests
 
 
-def log_event(event: str, user_id: str = "", detail: str = "", level: int = logging.INFO) -> None:
-    """An event: a word for programs, the id of the user concerned, and nothing secret."""
-    fields = {"event": event, "user_id": user_id or None}
-    logger.log(level, " ".join(filter(None, (event, user_id, detail))), extra={"fields": fields})
+def log_event(
+    event: str,
+    user_id: Optional[str] = None,
+    detail: str = "",
+    level: int = logging.INFO,
+) -> None:
+    """Log a stable word for programs, the user concerned, and no secrets."""
+    words = [word for word in (event, user_id, detail) if word]
+    fields = {"event": event, "user_id": user_id}
+    logger.log(level, " ".join(words), extra={"fields": fields})
 
 
-# ==== 3 Errors ========================================================================
-# Code that meets an error raises it by its code word; only `problem_response` makes answers.
-# To add one: a line in ERRORS, a raise, and its code word in the answers() of the route.
-ERRORS = {  # code (a stable word, for programs): status, what to do next (for people)
-    "not_authenticated": (401, "No token was sent: log in, send Authorization: Bearer <token>."),
-    "invalid_token": (401, "The token is not valid, or no longer valid; log in again."),
-    "expired_token": (401, "The token has expired; log in again."),
+# ======================================================================================
+# 3 Errors
+#
+#     ServiceError              an error that the client is told about
+#         AuthError             who is asking, and may they?
+#         ValidationError       the request does not have the right form
+#         ExternalServiceError  the external API failed
+#
+# Code raises a ServiceError by its code. Only this section turns errors into answers,
+# which all have the shape of RFC 9457. To add an error, add a line to ERRORS, raise it,
+# and name its code in the `responses=problems(...)` of the route.
+
+PROBLEM_JSON = "application/problem+json"
+UNREADABLE_BODY = "There was an error parsing the body"  # as FastAPI says
+
+# Each code has a status, and a text that tells people what to do next.
+ERRORS = {
+    "not_authenticated": (401, "Log in and send Authorization: Bearer <token>."),
+    "invalid_token": (401, "The token is not valid, or no longer valid. Log in again."),
+    "expired_token": (401, "The token has expired. Log in again."),
     "invalid_credentials": (401, "The email or the password is wrong."),
-    "wrong_password": (403, "The current password is wrong; nothing was changed."),
-    "not_found": (404, "There is nothing at this path; see /docs."),
-    "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
-    "request_timeout": (408, "The body did not arrive in time; send it again, faster."),
-    "email_taken": (409, "This email already has an account; log in instead."),
+    "wrong_password": (403, "The current password is wrong. Nothing changed."),
+    "not_found": (404, "There is nothing at this path. See /docs."),
+    "method_not_allowed": (405, "The Allow header names the possible methods."),
+    "request_timeout": (408, "The body did not arrive in time. Send it again."),
+    "email_taken": (409, "This email already has an account. Log in instead."),
     "body_too_large": (413, "The body is too large."),
-    "invalid_request": (422, "The request is not valid; see errors."),
-    "too_many_attempts": (429, "Too many failed attempts; wait as long as Retry-After says."),
-    "internal_error": (500, "Something broke on our side; the request id finds it in the log."),
-    "external_service_error": (502, "The external service failed; try again later."),
-    "circuit_open": (503, "The external service keeps failing; wait as long as Retry-After says."),
-    "database_unavailable": (503, "The database does not answer; a write may or may not be done."),
-    "overloaded": (503, "Too many passwords are waiting to be checked; try again."),
-    "external_timeout": (504, "The external service did not answer in time; try again later."),
+    "invalid_request": (422, "The request is not valid. See errors."),
+    "too_many_attempts": (429, "Too many failed logins. See Retry-After."),
+    "internal_error": (500, "This is a bug. Quote the request id to report it."),
+    "external_service_error": (502, "The external service failed. Try again later."),
+    "circuit_open": (503, "The external service keeps failing. See Retry-After."),
+    "database_unavailable": (503, "No answer. Check whether a change was made."),
+    "overloaded": (503, "Too many passwords wait to be checked. Try again."),
+    "external_timeout": (504, "The external service did not answer in time."),
 }
 
-
-class ServiceError(HTTPException):
-    def __init__(self, code: str, retry_after: int = 0, **members: Any) -> None:
-        """`retry_after` in seconds; `members`: more of the body, never the client's own words."""
-        (status, detail), headers = ERRORS[code], {}
-        if status in (429, 503):
-            headers["Retry-After"] = str(max(1, retry_after))
-        if status == 401:  # RFC 6750, 3: with `error` only if a token was sent
-            error = ', error="invalid_token"' if code.endswith("_token") else ""
-            headers["WWW-Authenticate"] = f'Bearer realm="service"{error}'
-        super().__init__(status, detail, headers)
-        self.code, self.retry_after, self.members = code, retry_after, members
-
-    def describe(self) -> dict[str, Any]:  # as RFC 9457 does
-        title, rid = HTTPException(self.status_code).detail, request_id.get()
-        body = {"type": "about:blank", "title": title, "status": self.status_code}
-        return {**body, "detail": self.detail, "code": self.code, "request_id": rid, **self.members}
+# The phrases of RFC 9110. Python knows the last four since 3.13 only.
+TITLES = {status.value: status.phrase for status in HTTPStatus}
+TITLES[413] = "Content Too Large"
+TITLES[414] = "URI Too Long"
+TITLES[416] = "Range Not Satisfiable"
+TITLES[422] = "Unprocessable Content"
 
 
-class AuthError(ServiceError): ...  # who is asking, and may they?
+class FieldError(BaseModel):
+    """One mistake in a request."""
+
+    loc: list[Union[int, str]] = Field(description="Where: the path to the field.")
+    msg: str = Field(description="What is wrong, for people.")
+    type: str = Field(description="What is wrong, for programs.")
 
 
-class ValidationError(ServiceError): ...  # what was sent is not what is asked for
+class Problem(BaseModel):
+    """The body of every error (RFC 9457)."""
+
+    type: str = Field(description="Always about:blank. Programs read `code`.")
+    title: str = Field(description="The phrase of the status.")
+    status: int
+    detail: str = Field(description="What to do next, for people.")
+    code: str = Field(description="A stable word, for programs.")
+    request_id: str = Field(description="The same as in X-Request-ID and in the log.")
+    errors: Optional[list[FieldError]] = Field(
+        default=None, description="Present only with 422."
+    )
 
 
-class ExternalServiceError(ServiceError): ...  # what the external API did
+class ServiceError(Exception):
+    """An error that the client is told about.
+
+    `code` is a key of ERRORS. `detail` replaces the text that stands there.
+    `retry_after` (seconds) is for the statuses 429 and 503. `errors` must not repeat
+    the input.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        detail: Optional[str] = None,
+        retry_after: Optional[int] = None,
+        errors: Optional[list[FieldError]] = None,
+    ) -> None:
+        super().__init__(code)
+        status, text = ERRORS[code]
+        self.code = code
+        self.status = status
+        self.detail = detail or text
+        self.errors = errors
+        self.headers: dict[str, str] = {}
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(max(1, retry_after))
+        if code in ("invalid_token", "expired_token"):  # see RFC 6750, 3
+            challenge = 'Bearer realm="service", error="invalid_token"'
+            self.headers["WWW-Authenticate"] = challenge
 
 
-def problem_response(exc: Exception) -> Response:
-    """Answer any exception in the one shape: ours, Starlette's, FastAPI's, and a bug."""
-    error, status = cast(Any, exc), exc.status_code if isinstance(exc, HTTPException) else 500
-    if status == 400:  # FastAPI could not read the body
-        exc = RequestValidationError([{"loc": ["body"], "msg": "No JSON.", "type": "json_invalid"}])
-    if isinstance(exc, RequestValidationError):
-        errors = [{name: e[name] for name in ("loc", "msg", "type")} for e in exc.errors()]
-        error = ValidationError("invalid_request", errors=errors)
-    elif not isinstance(exc, ServiceError):
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        error = ServiceError(codes.get(status, "internal_error"))
-        error.headers = getattr(exc, "headers", None) if status in codes else None  # Allow
-    body, content_type = to_json(error.describe()), "application/problem+json"
-    return Response(body, error.status_code, error.headers, content_type)
+class AuthError(ServiceError):
+    """The client has not shown who it is: no token, a bad token, a wrong password."""
 
 
-def answers(*errors: Any) -> dict[Any, Any]:
-    """What openapi.json says of these errors, given by code or status: an example for each code."""
-    described, shape = {}, {"$ref": "#/components/schemas/Problem"}
-    named = [ServiceError(code) for code in ERRORS if code in errors or ERRORS[code][0] in errors]
-    for status in sorted({error.status_code for error in named}):
-        these = [error for error in named if error.status_code == status]
-        examples = {e.code: {"value": {**e.describe(), "request_id": "-"}} for e in these}
-        content = {"application/problem+json": {"schema": shape, "examples": examples}}
-        described[str(status)] = {"description": ", ".join(examples), "content": content}
-    return described
+class ValidationError(ServiceError):
+    """The request does not have the right form."""
 
 
-# ==== 4 Database ======================================================================
-# Raw SQL through `databases`, one method per statement: constraints keep promises; no transaction
-# stays open. SQLite: two held connections, so reads go on while a write waits. PostgreSQL: a pool.
-Row = dict[str, Any]
-SCHEMA = pathlib.Path(__file__).with_name("schema.sql")
-POSTGRES_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-DRIVER_ERRORS = (*POSTGRES_ERRORS, sqlite3.Error, OSError, asyncio.TimeoutError)
+class ExternalServiceError(ServiceError):
+    """The external API failed, or is not called because it keeps failing."""
 
 
-class StartError(Exception): ...  # the text says why the service cannot start, without secrets
+def problem_response(error: ServiceError) -> Response:
+    problem = Problem(
+        type="about:blank",
+        title=TITLES.get(error.status, "Error"),
+        status=error.status,
+        detail=error.detail,
+        code=error.code,
+        request_id=current_request_id.get(),
+        errors=error.errors,
+    )
+    body = problem.model_dump_json(exclude_none=True)
+    response = Response(body, error.status, error.headers, PROBLEM_JSON)
+    if error.status == 401:
+        response.headers.setdefault("WWW-Authenticate", 'Bearer realm="service"')
+    if error.status in (429, 503):
+        response.headers.setdefault("Retry-After", "1")
+    return response
 
 
-def sql(text: str) -> Callable[..., Awaitable[Row]]:
-    """Make a method that runs the SQL: it takes the `:names` and returns the first row, or {}."""
+async def handle_service_error(request: Request, error: ServiceError) -> Response:
+    return problem_response(error)
 
-    async def run_sql(self: Any, **values: Any) -> Row:
-        lane = self.reads if text.lstrip().startswith("SELECT") else self.writes
-        row = await self.run(lane, lambda connection: connection.fetch_one(text, values))
-        return dict(row._mapping) if row else {}
 
-    return run_sql
+async def handle_validation_error(
+    request: Request, error: RequestValidationError
+) -> Response:
+    """Say where the request is wrong. FastAPI's own answer would repeat the input."""
+    mistakes = [
+        FieldError(loc=list(item["loc"]), msg=item["msg"], type=item["type"])
+        for item in error.errors()
+    ]
+    content_type = request.headers.get("content-type", "")
+    if mistakes[0].loc == ["body"] and "json" not in content_type:
+        mistakes[0].msg = "Send JSON, with the header Content-Type: application/json."
+    return problem_response(ValidationError("invalid_request", errors=mistakes))
+
+
+async def handle_http_exception(request: Request, error: HTTPException) -> Response:
+    """Answer what FastAPI raises (404, 405), and what a route raises as HTTPException.
+
+    Status, detail and headers stay. The code comes from the status: 403 is `forbidden`.
+    """
+    if error.detail == UNREADABLE_BODY:
+        mistake = FieldError(loc=["body"], msg="This is not JSON.", type="json_invalid")
+        return problem_response(ValidationError("invalid_request", errors=[mistake]))
+    if not is_body_allowed_for_status_code(error.status_code):
+        return Response(status_code=error.status_code, headers=error.headers)
+    title = TITLES.get(error.status_code, "Error")
+    answer = ServiceError("internal_error", str(error.detail))
+    answer.status = error.status_code
+    answer.code = re.sub("[^a-z]+", "_", title.lower())
+    answer.headers = dict(error.headers or {})
+    if answer.code in ERRORS and error.detail == title:  # nobody wrote a detail
+        answer.detail = ERRORS[answer.code][1]
+    return problem_response(answer)
+
+
+def problems(*codes: str) -> dict[Union[int, str], dict[str, Any]]:
+    """Return the `responses=` of a route: for openapi.json, an example of each error.
+
+    Every route can also give `internal_error`, so you need not name it.
+    """
+    responses: dict[Union[int, str], dict[str, Any]] = {}
+    mistake = FieldError(loc=["body", "email"], msg="Field required", type="missing")
+    for code in (*codes, "internal_error"):
+        error = ServiceError(code)
+        if code == "invalid_request":
+            error.errors = [mistake]
+        schema = {"$ref": "#/components/schemas/Problem"}
+        content = {PROBLEM_JSON: {"schema": schema, "examples": {}}}
+        entry = {"description": TITLES[error.status], "content": content}
+        examples = responses.setdefault(error.status, entry)["content"][PROBLEM_JSON]
+        example = json.loads(bytes(problem_response(error).body))
+        examples["examples"][code] = {"summary": error.detail, "value": example}
+    return responses
+
+
+# ======================================================================================
+# 4 Database
+#
+# Raw SQL through `databases`: one method for each statement, with typed arguments and a
+# typed result. No transaction spans two statements, and constraints enforce the rules.
+# To add a statement, copy `find_login` (a row) or `insert_user` (a write). For many
+# rows, use `fetch_all`.
+#
+# SQLite has two connections, one for reads and one for writes, so that reads go on
+# while a write waits for a lock. PostgreSQL has a pool. At first reading, skip what
+# follows the class Database: migrations, and how a database is opened.
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+ALL_ADDRESSES = "*"  # the row that counts the attempts from everywhere
+
+# SQLite uses these texts if it cannot be used now. Any other means that our SQL is
+# wrong.
+SQLITE_IS_UNAVAILABLE = {
+    "attempt to write a readonly database",
+    "database disk image is malformed",
+    "database is locked",
+    "database or disk is full",
+    "disk I/O error",
+    "file is not a database",
+    "interrupted",
+    "unable to open database file",
+}
+# These errors of PostgreSQL, and DataError, mean that our SQL is wrong.
+POSTGRES_SQL_ERRORS = (
+    asyncpg.SyntaxOrAccessError,
+    asyncpg.IntegrityConstraintViolationError,
+)
+DRIVER_ERRORS = (
+    sqlite3.Error,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncio.TimeoutError,
+    OSError,
+)
+
+Borrow = Callable[[], AbstractAsyncContextManager[Connection]]
+RunStatement = Callable[[Connection], Awaitable[T]]
+RowType = Callable[..., T]
+AnyRow = dict[str, Any]  # for a row that needs no type of its own
+
+
+class SqlError(Exception):
+    """A statement is wrong, or violates a constraint: a bug."""
+
+
+@dataclass(frozen=True)
+class User:
+    """An account, as each request with a token looks it up."""
+
+    id: str
+    email: str
+    token_version: int  # tokens with another version are no longer valid
+    created_at: str  # RFC 3339, UTC
+
+
+@dataclass(frozen=True)
+class Login:
+    """The columns that a login needs."""
+
+    user_id: str
+    password_hash: str
+    token_version: int
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """How many logins have been tried in a window of time."""
+
+    attempts: int
+    window_ends_at: int  # seconds since 1970
+
+
+def first_line(error: Exception) -> str:
+    """The lines that follow can quote a row, if the error comes from PostgreSQL."""
+    return str(error).partition("\n")[0]
+
+
+def find_sql_error(error: Exception) -> Optional[str]:
+    """Return what is wrong with our SQL, or None if the database cannot be used now."""
+    if isinstance(error, sqlite3.Error) and str(error) not in SQLITE_IS_UNAVAILABLE:
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, POSTGRES_SQL_ERRORS):
+        return f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, asyncpg.DataError):
+        return type(error).__name__  # even the first line quotes the value
+    return None
+
+
+def retrieve_result(task: "asyncio.Task[T]") -> None:
+    """Read the result of a task, because asyncio logs an error that nobody reads."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def interrupt_sqlite(connection: Connection) -> None:
+    """End the statement that SQLite still runs, so that the next one can begin."""
+    await connection.raw_connection.interrupt()
 
 
 class Database:
-    """Every statement; each has `timeout` seconds, waits included. Raises: database_unavailable."""
+    """The statements of the service.
 
-    def __init__(self, reader: Any, writer: Any, at_once: int, timeout: float) -> None:
-        """`reader`, `writer`: return a connection, for `at_once` statements; `timeout`: seconds."""
-        self.reads = anyio.Semaphore(at_once), reader
-        self.writes = anyio.Semaphore(at_once), writer
-        self.timeout, self.asked = timeout, set[str]()  # ids for the next look-up of users
+    Each of them raises ServiceError `database_unavailable` if the database is locked,
+    full, unreachable or too slow, and SqlError if the statement itself is wrong.
+    """
 
-    async def run(self, lane: Any, execute: Callable[[Any], Awaitable[Any]]) -> Any:
-        """Wait for a turn and a connection, and let `execute` use it."""
-        (turns, connect), begun = lane, list[Any]()
+    def __init__(
+        self,
+        reader: Borrow,
+        writer: Borrow,
+        timeout: float,
+        discard: Callable[[Connection], Awaitable[None]] = interrupt_sqlite,
+    ) -> None:
+        """`timeout` is in seconds, all waits included.
 
-        async def wait_and_execute() -> Any:
-            async with turns, connect() as connection:
-                begun.append(connection.raw_connection)
-                return await execute(connection)
+        `discard` gets a connection that did not answer in time, or that has become
+        read-only.
+        """
+        self.reader = reader
+        self.writer = writer
+        self.timeout = timeout
+        self.discard = discard
 
-        # A task: to await a cancelled statement can take for ever (PostgreSQL frozen). Out of time,
-        # one that queues is cancelled; one that runs is ended by SQLite, or PostgreSQL is cut off.
-        task = asyncio.ensure_future(wait_and_execute())
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    async def run_in_time(self, borrow: Borrow, statement: RunStatement[T]) -> T:
+        """Run a statement. Raises asyncio.TimeoutError and the errors of the drivers.
+
+        The statement runs in a task of its own. When the time is over, we do not wait
+        for its end: a frozen PostgreSQL does not even answer a cancellation.
+        """
+        connection: Optional[Connection] = None
+
+        async def borrow_and_run() -> T:
+            nonlocal connection
+            async with borrow() as connection:
+                try:
+                    return await statement(connection)
+                except asyncpg.ReadOnlySQLTransactionError:  # it is a replica now
+                    await self.discard(connection)
+                    raise
+
+        task = asyncio.create_task(borrow_and_run())
+        task.add_done_callback(retrieve_result)
+        await asyncio.wait({task}, timeout=self.timeout)
+        if task.done():
+            return task.result()
+        if connection is None:
+            task.cancel()  # it still waits for a connection, so nothing has been done
+        else:
+            await self.discard(connection)
+        raise asyncio.TimeoutError
+
+    async def run(self, borrow: Borrow, statement: RunStatement[T]) -> T:
+        """Run a statement. Raises ServiceError and SqlError.
+
+        They are raised outside of `except`, so that no traceback shows the driver's
+        text.
+        """
         try:
-            return await asyncio.wait_for(asyncio.shield(task), self.timeout)
-        except DRIVER_ERRORS as exc:
-            if not begun:
-                task.cancel()
-            elif not task.done() and isinstance(begun[0], asyncpg.Connection):
-                with suppress(asyncpg.InterfaceError):  # it was released at this very moment
-                    begun[0].terminate()
-            why = str(exc) if isinstance(exc, sqlite3.Error) else type(exc).__name__
-            logger.warning("database: %s", why)  # PostgreSQL's texts quote rows, SQLite's do not
-            raise ServiceError("database_unavailable") from None  # nor may a traceback show them
+            return await self.run_in_time(borrow, statement)
+        except DRIVER_ERRORS as error:
+            kind = type(error).__name__
+            sql_error = find_sql_error(error)
+        if sql_error:
+            raise SqlError(sql_error)
+        logger.warning("database_unavailable: %s", kind)
+        raise ServiceError("database_unavailable")
 
-    async def find_user_by_id(self, id: str) -> Row:
-        """All who ask before it begins share one statement: each would be a trip to a thread."""
-        if not self.asked or self.lookup.done():  # nobody waits, or all waited in vain
-            self.lookup: Any = asyncio.ensure_future(self.run(self.reads, self.find_asked))
-        self.asked.add(id)
-        found: dict[str, Row] = await asyncio.shield(self.lookup)
-        return found.get(id, {})
+    async def fetch_one(
+        self, row_type: RowType[T], sql: str, /, **values: object
+    ) -> Optional[T]:
+        """Read the first row. Its columns have the names of the row type's fields."""
+        record = await self.run(self.reader, lambda c: c.fetch_one(sql, values))
+        return row_type(**record._mapping) if record else None
 
-    async def find_asked(self, connection: Any) -> dict[str, Row]:
-        asked, self.asked = self.asked, set()  # who asks from now on must see the latest writes
-        users = await connection.fetch_all(self.USERS_BY_ID.bindparams(ids=[*asked]))
-        return {user["id"]: dict(user._mapping) for user in users}
+    async def fetch_all(
+        self, row_type: RowType[T], sql: str, /, **values: object
+    ) -> list[T]:
+        """Read all rows."""
+        records = await self.run(self.reader, lambda c: c.fetch_all(sql, values))
+        return [row_type(**record._mapping) for record in records]
 
-    USERS_BY_ID = sqlalchemy.text("""
-        SELECT id, email, token_version, created_at FROM users WHERE id IN :ids
-        """).bindparams(sqlalchemy.bindparam("ids", expanding=True))
-    insert_user = sql("""
-        INSERT INTO users (id, email, password_hash, created_at)
-        VALUES (:id, :email, :password_hash, :created_at)
-        ON CONFLICT (email) DO NOTHING RETURNING id, email, created_at""")
-    find_user_by_email = sql("""
-        SELECT id, password_hash, token_version FROM users WHERE email = :email""")
-    replace_hash = sql("""
-        UPDATE users SET password_hash = :new_hash, token_version = token_version + :ended
-        WHERE id = :id AND token_version = :token_version RETURNING id""")
-    end_sessions = sql("UPDATE users SET token_version = token_version + 1 WHERE id = :id")
-    count_attempt = sql("""
-        INSERT INTO login_attempts (email, address, attempts, window_ends_at)
-        VALUES (:email, :address, 1, :ends)
-        ON CONFLICT (email, address) DO UPDATE SET attempts = login_attempts.attempts + 1
-        RETURNING attempts, window_ends_at""")
-    # Takes one attempt back from the address and from the total ('*'), but all from `cleared`.
-    forgive_attempt = sql("""
-        UPDATE login_attempts SET attempts = CASE address WHEN :cleared THEN 0 ELSE attempts - 1 END
-        WHERE email = :email AND address IN (:address, '*') AND attempts > 0""")
-    # What ends after `latest`, two windows ahead, was begun by a clock that was wrong.
-    delete_ended_windows = sql("""
-        DELETE FROM login_attempts WHERE window_ends_at <= :now OR window_ends_at > :latest""")
-    # Returns the value that was there first: all workers get the same.
-    keep_secret = sql("""
-        INSERT INTO secrets (name, value) VALUES (:name, :value)
-        ON CONFLICT (name) DO UPDATE SET name = excluded.name RETURNING value""")
+    async def write(
+        self, row_type: RowType[T], sql: str, /, **values: object
+    ) -> Optional[T]:
+        """Write, and return the row that RETURNING gives, if any."""
+        record = await self.run(self.writer, lambda c: c.fetch_one(sql, values))
+        return row_type(**record._mapping) if record else None
+
+    async def insert_user(self, email: str, password_hash: str) -> Optional[User]:
+        """Return None if the email is taken. The constraint decides, not a look-up."""
+        sql = """
+            INSERT INTO users (id, email, password_hash, created_at)
+            VALUES (:id, :email, :password_hash, :created_at)
+            ON CONFLICT (email) DO NOTHING
+            RETURNING id, email, token_version, created_at"""
+        return await self.write(
+            User,
+            sql,
+            id=str(uuid.uuid4()),
+            email=email,
+            password_hash=password_hash,
+            created_at=datetime.now(timezone.utc).isoformat(),
+        )
+
+    async def find_login(self, email: str) -> Optional[Login]:
+        sql = """
+            SELECT id AS user_id, password_hash, token_version
+            FROM users WHERE email = :email"""
+        return await self.fetch_one(Login, sql, email=email)
+
+    async def find_user(self, user_id: str) -> Optional[User]:
+        """Find the user of a token. Every protected request needs this.
+
+        So it asks the driver directly, which takes one trip to SQLite's thread instead
+        of three. `$1` is good for both drivers. The columns have the order of User's
+        fields.
+        """
+        sql = "SELECT id, email, token_version, created_at FROM users WHERE id = $1"
+
+        async def ask_driver(connection: Connection) -> list[Sequence[Any]]:
+            driver = connection.raw_connection
+            if isinstance(driver, aiosqlite.Connection):
+                return list(await driver.execute_fetchall(sql, {"1": user_id}))
+            return list(await driver.fetch(sql, user_id))
+
+        rows = await self.run(self.reader, ask_driver)
+        return User(*rows[0]) if rows else None
+
+    async def renew_hash(self, login: Login, new_hash: str) -> None:
+        """Store another hash of the same password, if `login` is still up to date."""
+        sql = """
+            UPDATE users SET password_hash = :new_hash
+            WHERE id = :user_id AND token_version = :token_version"""
+        await self.write(
+            AnyRow,
+            sql,
+            new_hash=new_hash,
+            user_id=login.user_id,
+            token_version=login.token_version,
+        )
+
+    async def change_password(self, login: Login, new_hash: str) -> bool:
+        """Store a new password and end all sessions.
+
+        Return False if another request has ended the sessions in the meantime.
+        """
+        sql = """
+            UPDATE users
+            SET password_hash = :new_hash, token_version = token_version + 1
+            WHERE id = :user_id AND token_version = :token_version
+            RETURNING id"""
+        row = await self.write(
+            AnyRow,
+            sql,
+            new_hash=new_hash,
+            user_id=login.user_id,
+            token_version=login.token_version,
+        )
+        return row is not None
+
+    async def end_sessions(self, user_id: str) -> None:
+        """Invalidate every token that the user has got until now."""
+        sql = "UPDATE users SET token_version = token_version + 1 WHERE id = :user_id"
+        await self.write(AnyRow, sql, user_id=user_id)
+
+    async def count_attempt(
+        self, email: str, address: str, now: int, window_ends_at: int
+    ) -> Attempts:
+        """Count one attempt in the current window, or begin a new window with it."""
+        sql = """
+            INSERT INTO login_attempts AS old (email, address, attempts, window_ends_at)
+            VALUES (:email, :address, 1, :window_ends_at)
+            ON CONFLICT (email, address) DO UPDATE SET
+                attempts = CASE WHEN old.window_ends_at > :now
+                    THEN old.attempts + 1 ELSE 1 END,
+                window_ends_at = CASE WHEN old.window_ends_at > :now
+                    THEN old.window_ends_at ELSE excluded.window_ends_at END
+            RETURNING attempts, window_ends_at"""
+        row = await self.write(
+            Attempts,
+            sql,
+            email=email,
+            address=address,
+            now=now,
+            window_ends_at=window_ends_at,
+        )
+        return cast(Attempts, row)  # the statement always returns a row
+
+    async def forgive_attempts(self, email: str, address: str) -> None:
+        """Clear the attempts from the address, and take one back from the total."""
+        sql = """
+            UPDATE login_attempts
+            SET attempts = CASE WHEN address = :total THEN attempts - 1 ELSE 0 END
+            WHERE email = :email AND address IN (:address, :total) AND attempts > 0"""
+        await self.write(AnyRow, sql, email=email, address=address, total=ALL_ADDRESSES)
+
+    async def delete_ended_windows(self, now: int) -> None:
+        sql = "DELETE FROM login_attempts WHERE window_ends_at <= :now"
+        await self.write(AnyRow, sql, now=now)
+
+    async def keep_secret(self, name: str, value: str) -> str:
+        """Store the value unless there is one. Return the one that is stored."""
+        sql = """
+            INSERT INTO secrets (name, value) VALUES (:name, :value)
+            ON CONFLICT (name) DO UPDATE SET name = excluded.name  -- to return the row
+            RETURNING value"""
+        row = await self.write(AnyRow, sql, name=name, value=value)
+        return str(cast(AnyRow, row)["value"])
+
+    async def ping(self) -> None:
+        """Raises ServiceError unless the database answers."""
+        await self.fetch_one(AnyRow, "SELECT name FROM secrets WHERE name = ''")
 
 
-async def migrate(connection: Any, begin: str) -> None:
-    """Run the sections of schema.sql that this database has not seen, each in one transaction.
-    `begin` opens it and locks out other workers. Raises: StartError; the section leaves nothing."""
-    raw = connection.raw_connection
-    run_script = getattr(raw, "executescript", raw.execute)  # asyncpg's takes scripts, too
-    table = "CREATE TABLE IF NOT EXISTS schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
-    await run_script(f"{begin}; {table}; COMMIT")
-    _, *parts = re.split(r"(?im)^-- *migration \d+[: ]*(.*)$", SCHEMA.read_text("utf-8"))
-    for version, (name, script) in enumerate(zip(parts[::2], parts[1::2]), 1):
-        mark = f"INSERT INTO schema_migrations (version) VALUES ({version})"
-        is_applied = f"SELECT 1 FROM schema_migrations WHERE version = {version}"
+def read_migrations() -> list[tuple[int, str, str]]:
+    """Return number, name and SQL of each section of schema.sql.
+
+    Raises StartError if the sections are not numbered 1, 2, 3 and so on.
+    """
+    # A heading is "-- migration 1: users", for example. The text after it is its SQL.
+    heading = re.compile(
+        r"^-- *migration +(\d+)[: ]*(.*)$", re.MULTILINE | re.IGNORECASE
+    )
+    _, *parts = heading.split(SCHEMA.read_text("utf-8"))
+    migrations = [
+        (int(parts[i]), parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)
+    ]
+    numbers = [number for number, _, _ in migrations]
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise StartError(f"schema.sql: the migrations have the numbers {numbers}")
+    return migrations
+
+
+async def migrate(connection: Connection, begin_and_lock: str) -> None:
+    """Run the sections of schema.sql that this database has not seen, in order.
+
+    `begin_and_lock` opens a transaction and lets in one worker at a time. A section
+    runs in such a transaction, together with the INSERT that marks it as done. Raises
+    StartError if a section fails. Nothing of it remains then.
+    """
+    driver = connection.raw_connection
+    is_sqlite = isinstance(driver, aiosqlite.Connection)
+    run_script = driver.executescript if is_sqlite else driver.execute
+    table = "schema_migrations (version BIGINT NOT NULL PRIMARY KEY)"
+    await run_script(f"{begin_and_lock}; CREATE TABLE IF NOT EXISTS {table}; COMMIT")
+    for number, name, script in read_migrations():
+        find_mark = f"SELECT version FROM schema_migrations WHERE version = {number}"
+        insert_mark = f"INSERT INTO schema_migrations (version) VALUES ({number})"
+        if await connection.fetch_one(find_mark):
+            continue
         try:
-            if not await connection.fetch_one(is_applied):
-                await run_script(f"{begin}; {mark}; {script}\n; COMMIT")
-        except DRIVER_ERRORS as exc:
+            await run_script(f"{begin_and_lock}; {insert_mark}; {script}\n; COMMIT")
+        except DRIVER_ERRORS as error:
             with suppress(*DRIVER_ERRORS):
-                await raw.execute("ROLLBACK")  # not as a script: SQLite would commit first
-            if not await connection.fetch_one(is_applied):  # by another worker, meanwhile
-                raise StartError(f"schema.sql, migration {version}: {name}: {exc}") from None
+                await driver.execute("ROLLBACK")
+            if await connection.fetch_one(find_mark):
+                continue  # another worker was quicker, so our mark was refused
+            place = f"schema.sql, migration {number}: {name}"
+            raise StartError(f"{place}: {first_line(error)}") from None
 
 
-async def open_sqlite(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -> Database:
-    os.close(os.open(url.database, os.O_RDWR | os.O_CREAT, 0o600))  # for its owner only
-    drivers = Driver(url, timeout=timeout), Driver(url, timeout=timeout)  # seconds, for a lock
-    reader, writer = [await stack.enter_async_context(d.connection()) for d in drivers]
-    await migrate(writer, "BEGIN IMMEDIATE")
-    # Workers that switch to WAL at once get "locked". FULL: a 201 survives a power cut.
-    retrying = tenacity.retry(stop=tenacity.stop_after_delay(timeout), reraise=True)
-    await retrying(writer.fetch_one)("PRAGMA journal_mode = WAL")
-    await writer.raw_connection.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON")
-    return Database(lambda: reader, lambda: writer, 1, timeout)
+async def hold_connection(
+    url: databases.DatabaseURL, timeout: float, stack: AsyncExitStack
+) -> Borrow:
+    """Open a connection to SQLite, which is lent to one statement at a time."""
+    driver = databases.Database(url, timeout=timeout)  # seconds to wait for a lock
+    connection = await stack.enter_async_context(driver.connection())
+    lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def borrow() -> AsyncIterator[Connection]:
+        async with lock:
+            yield connection
+
+    return borrow
 
 
-async def open_postgres(url: DatabaseURL, timeout: float, stack: AsyncExitStack) -> Database:
-    lock_limit = {"lock_timeout": str(math.ceil(timeout * 1000))}  # ms: ends what we gave up
-    pool = Driver(url, min_size=0, timeout=timeout, server_settings=lock_limit)
+async def open_sqlite(
+    url: databases.DatabaseURL, timeout: float, stack: AsyncExitStack
+) -> Database:
+    is_in_memory = url.database == ":memory:"
+    if not is_in_memory:
+        Path(url.database).touch(mode=0o600)  # only its owner may read it
+    writer = await hold_connection(url, timeout, stack)
+    # When several workers switch to WAL at once, SQLite does not wait for the lock.
+    retry_while_locked = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_message(message="database is locked"),
+        wait=tenacity.wait_random(0.01, 0.1),
+        stop=tenacity.stop_after_delay(timeout),
+        reraise=True,
+    )
+    async with writer() as connection:
+        await migrate(connection, "BEGIN IMMEDIATE")
+        await retry_while_locked(connection.fetch_one, "PRAGMA journal_mode = WAL")
+        await connection.fetch_one("PRAGMA synchronous = FULL")  # survive a power cut
+        await connection.fetch_one("PRAGMA foreign_keys = ON")
+    if is_in_memory:  # another connection would have another database
+        return Database(writer, writer, timeout)
+    return Database(await hold_connection(url, timeout, stack), writer, timeout)
+
+
+async def leave_session(connection: object) -> None:
+    """Our statements leave no state in a session, so the pool need not reset it."""
+
+
+async def open_postgres(
+    url: databases.DatabaseURL, timeout: float, stack: AsyncExitStack
+) -> Database:
+    # The server ends a statement that waits for a lock after we have given it up.
+    lock_timeout = {"lock_timeout": f"{math.ceil(timeout * 1000)}ms"}
+    pool = databases.Database(
+        url,
+        min_size=0,
+        timeout=timeout,
+        server_settings=lock_timeout,
+        reset=leave_session,
+    )
     await pool.connect()
-    closing = asyncio.wait_for(pool.disconnect(), timeout)  # a frozen server fails nothing else
-    stack.push_async_callback(asyncio.gather, closing, return_exceptions=True)
-    db = Database(pool.connection, pool.connection, 1000, timeout)  # the pool has the real limit
-    await db.run(db.writes, lambda c: migrate(c, "BEGIN; SELECT pg_advisory_xact_lock(7519)"))
+
+    async def disconnect() -> None:
+        with suppress(*DRIVER_ERRORS):  # a frozen server must not delay our exit
+            await asyncio.wait_for(pool.disconnect(), timeout)
+
+    async def discard(connection: Connection) -> None:
+        """Cut the connection. Replace all others before they are used again."""
+        # The connection may have returned to the pool just now.
+        with suppress(AssertionError, asyncpg.InterfaceError):
+            connection.raw_connection.terminate()
+        backend: Any = pool._backend  # `databases` has no public way to the pool
+        await backend._pool.expire_connections()
+
+    stack.push_async_callback(disconnect)
+    db = Database(pool.connection, pool.connection, timeout, discard)
+    begin_and_lock = "BEGIN; SELECT pg_advisory_xact_lock(7519)"
+    await db.run_in_time(db.writer, lambda c: migrate(c, begin_and_lock))
     return db
 
 
 async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
-    """Open and migrate; `stack` closes it. Raises: StartError, with the path or the host."""
-    url, timeout = DatabaseURL(settings.database_url), settings.database_timeout_seconds
+    """Open and migrate the database; `stack` closes it.
+
+    Raises StartError, with the path or the host, but without the password.
+    """
+    url = databases.DatabaseURL(settings.database_url)
+    timeout = settings.database_timeout_seconds
+    place = url.database
     try:
-        return await (open_sqlite if url.scheme == "sqlite" else open_postgres)(url, timeout, stack)
-    except (StartError, ServiceError, *DRIVER_ERRORS, ValueError, OverflowError) as exc:
-        place = re.sub("(?<=^postgresql://).*@", "", settings.database_url)
-        reason = exc.__context__ if isinstance(exc, ServiceError) else exc  # what `run` keeps back
-        why = str(reason).partition("\n")[0] or "no answer in time"
-        raise StartError(f"DATABASE_URL: cannot use {place}: {why}") from None
+        if url.scheme == "sqlite":
+            return await open_sqlite(url, timeout, stack)
+        place = f"{url.hostname}:{url.port or 5432}/{url.database}"
+        return await open_postgres(url, timeout, stack)
+    except (StartError, *DRIVER_ERRORS) as error:
+        reason = first_line(error) or "no answer in time"
+        raise StartError(f"DATABASE_URL: cannot use {place}: {reason}") from None
 
 
-# ==== 5 External client ===============================================================
-# One GET: retries within a deadline > the circuit > one attempt in its time > httpx. The deadline
-# shortens the last attempt: cancelled, it would be no failure, and the circuit would never open.
+# ======================================================================================
+# 5 External client
+#
+# A call passes four layers: the retries within a deadline, the circuit, one attempt
+# with a shorter timeout, and httpx. The deadline shortens the last attempt, and does
+# not cancel it: a cancelled attempt is no failure, so the circuit would never open.
+#
+# The circuit is closed while the API works. Some failures in a row open it: no call is
+# made for a while. Then it is half-open: one call, the probe, tries whether the API
+# works again. Each process has its own circuit. For a second API, create another
+# ExternalClient. To protect any async function, decorate it with a Circuit.
+
 MAX_UPSTREAM_BYTES = 2**20
-HELLO = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
+
+CircuitState = Literal["closed", "open", "half-open"]
 
 
-class TransientError(ExternalServiceError): ...  # worth another attempt, after `retry_after`
+class TransientError(ExternalServiceError):
+    """The attempt failed, but another one may succeed."""
+
+    wait_seconds = 0  # what the API asks for in Retry-After
 
 
-class RejectionError(ExternalServiceError): ...  # a 4xx: we asked badly; the API is alive
+class RejectionError(ExternalServiceError):
+    """The API refused our request (4xx). So it works: this is not its failure."""
 
 
-class Circuit(CircuitBreaker, CircuitBreakerListener):
-    """pybreaker for coroutines: an attempt is awaited first, then pybreaker is given its result.
-    Added: one probe only; who began before a change of state does not count; monotonic time."""
+class Circuit(pybreaker.CircuitBreakerListener):
+    """A circuit breaker for coroutines, on top of pybreaker.
 
-    def __init__(self, fail_max: int, reset_seconds: float) -> None:
-        super().__init__(fail_max, exclude=[RejectionError], throw_new_error_on_trip=False)
-        self.reset_seconds, self.changed_at, self.is_probing = reset_seconds, 0.0, False
-        self.add_listener(self)
+    pybreaker counts failures and changes the state, but only for functions that do not
+    await. So we await a call first, and then report how it ended. We also add:
+    half-open lets only one call through; a cancelled call does not count, nor does one
+    that began before the last change of the state; the time is monotonic.
 
-    def state_change(self, cb: Any, old_state: Any, new_state: Any) -> None:
+    There is no lock, because one event loop runs all calls, and nothing is awaited
+    between a look at the state and its change. Exceptions in `ignored` count as
+    successes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fail_max: int,
+        reset_seconds: float,
+        ignored: Sequence[type[Exception]] = (),
+    ) -> None:
+        self.name = name
+        self.reset_seconds = reset_seconds
+        self.changed_at = 0.0  # by time.monotonic()
+        self.state_changes = 0
+        self.is_probing = False
+        self.breaker = pybreaker.CircuitBreaker(
+            fail_max, exclude=ignored, listeners=[self], throw_new_error_on_trip=False
+        )
+
+    def state_change(
+        self,
+        cb: pybreaker.CircuitBreaker,
+        old_state: Optional[pybreaker.CircuitBreakerState],
+        new_state: pybreaker.CircuitBreakerState,
+    ) -> None:
+        """pybreaker calls this when the state changes."""
+        self.state_changes += 1
         self.changed_at = time.monotonic()
-        log_event("circuit_changed", "", new_state.name, logging.WARNING)
+        detail = f"{self.name} {new_state.name}"
+        log_event("circuit_changed", detail=detail, level=logging.WARNING)
+
+    @property
+    def state(self) -> CircuitState:
+        """An open circuit stays open until a call probes."""
+        return cast(CircuitState, self.breaker.current_state)
 
     @property
     def retry_after_seconds(self) -> int:
-        """Seconds until a call may probe, rounded up; 0 unless open."""
-        left = self.changed_at + self.reset_seconds - time.monotonic()
-        return max(0, math.ceil(left)) if self.current_state == "open" else 0
+        """Seconds until a call may probe, rounded up. 0 unless the circuit is open."""
+        seconds = self.changed_at + self.reset_seconds - time.monotonic()
+        return max(0, math.ceil(seconds)) if self.state == "open" else 0
 
-    async def run(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Await the attempt, if it is let through. Raises: ExternalServiceError."""
-        if self.retry_after_seconds > 0 or self.is_probing:
-            raise ExternalServiceError("circuit_open", self.retry_after_seconds)
-        if self.current_state == "open":
-            self.half_open()
-        state = self.state  # an object that is replaced at each change
-        is_probe = self.is_probing = state.name == "half-open"
-        outcome = asyncio.get_running_loop().create_future()
+    async def call(
+        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Await the function, or raise ExternalServiceError `circuit_open` at once."""
+        retry_after = self.retry_after_seconds
+        if retry_after > 0 or self.is_probing:
+            raise ExternalServiceError("circuit_open", retry_after=retry_after)
+        if self.state == "open":
+            self.breaker.half_open()
+        is_probe = self.state == "half-open"
+        self.is_probing = is_probe
+        state_changes = self.state_changes
         try:
-            outcome.set_result(await attempt())
-        except ExternalServiceError as exc:
-            outcome.set_exception(exc)
+            result = await function(*args, **kwargs)
+        except Exception as error:
+            self.record_outcome(state_changes, error)
+            raise
+        else:
+            self.record_outcome(state_changes, None)
+            return result
         finally:
-            self.is_probing = self.is_probing and not is_probe  # the probe gives its place back
-        return self.call(outcome.result) if state is self.state else outcome.result()
+            if is_probe:
+                self.is_probing = False
+
+    def record_outcome(self, state_changes: int, error: Optional[Exception]) -> None:
+        """Tell pybreaker how a call ended, unless the state has changed meanwhile."""
+
+        def repeat_outcome() -> None:
+            if error is not None:
+                raise error
+
+        if state_changes == self.state_changes:
+            with suppress(Exception):  # `call` raises the error itself
+                self.breaker.call(repeat_outcome)
+
+    def __call__(
+        self, function: Callable[P, Awaitable[T]]
+    ) -> Callable[P, Awaitable[T]]:
+        """Decorate an async function."""
+
+        @wraps(function)
+        async def protected(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await self.call(function, *args, **kwargs)
+
+        return protected
+
+
+class DemoUpstream:
+    """An external API inside the process, so that nothing else is needed to try it."""
+
+    is_failing = False
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        body = httpx.ByteStream(b'{"message": "Hello from the demo upstream."}')
+        return httpx.Response(503 if self.is_failing else 200, stream=body)
+
+
+def wait_before_retry(call: tenacity.RetryCallState) -> float:
+    """Return the seconds that the API asks for, plus a random time ("full jitter").
+
+    Without jitter, clients that failed together would come back together.
+    """
+    jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)
+    error = call.outcome.exception() if call.outcome else None
+    return getattr(error, "wait_seconds", 0) + jitter(call)
 
 
 class ExternalClient:
-    """Fetches JSON from an API that may fail, hang or lie."""
+    """Fetches JSON from an API that may fail, hang or send nonsense."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.url = settings, str(settings.external_api_url or "http://demo/")
-        self.circuit = Circuit(settings.breaker_fail_max, settings.breaker_reset_seconds)
-        self.demo_status = 200
-        demo = httpx.MockTransport(lambda _: httpx.Response(self.demo_status, stream=HELLO))
-        transport = None if settings.external_api_url else demo
-        limits = httpx.Limits(max_connections=None)  # to wait for one would look like a failure
-        self.http = httpx.AsyncClient(transport=transport, trust_env=False, limits=limits)
-        self.http.timeout, self.http.event_hooks = None, {"response": [self.check_status]}
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        settings: Settings,
+        transport: Optional[httpx.AsyncBaseTransport] = None,
+    ) -> None:
+        """The log shows the name. `transport` can replace the network."""
+        self.name = name
+        self.url = url
+        self.settings = settings
+        self.circuit = Circuit(
+            name,
+            settings.breaker_fail_max,
+            settings.breaker_reset_seconds,
+            ignored=[RejectionError],
+        )
+        self.http = httpx.AsyncClient(
+            transport=transport,
+            trust_env=False,  # do not use the proxies of the environment
+            verify=httpx.create_ssl_context(),  # but use its SSL_CERT_FILE
+            timeout=None,  # `get` limits the whole attempt
+            # A wait for a free connection would count as a failure of the API.
+            limits=httpx.Limits(max_connections=None),
+            # A cookie that one caller got must not be sent for another.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            event_hooks={"response": [self.check_status]},
+        )
 
-    async def fetch(self) -> Any:
-        """Return the upstream's JSON. Raises: ExternalServiceError, that of the last attempt."""
-        circuit, seconds = self.circuit, self.settings.external_deadline_seconds
-        if circuit.retry_after_seconds > 0:  # at once, without the cost of what follows
-            raise ExternalServiceError("circuit_open", circuit.retry_after_seconds)
-        attempts = tenacity.stop_after_attempt(self.settings.external_attempts)
-        deadline, ends = tenacity.stop_before_delay(seconds), time.monotonic() + seconds
-        jitter = tenacity.wait_random_exponential(multiplier=0.1, max=1)  # full jitter
+    async def fetch(self) -> JsonValue:
+        """Return the JSON that the API sends. Raises ExternalServiceError."""
+        seconds = self.settings.external_deadline_seconds
+        deadline = time.monotonic() + seconds
+
+        def is_worth_a_retry(error: BaseException) -> bool:
+            return isinstance(error, TransientError) and self.circuit.state == "closed"
+
+        # Make one for each call: it remembers the attempts.
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(TransientError),
-            wait=lambda call: jitter(call) + cast(Any, call.outcome).exception().retry_after,
-            stop=lambda call: attempts(call) or deadline(call) or circuit.current_state != "closed",
+            retry=tenacity.retry_if_exception(is_worth_a_retry),
+            wait=wait_before_retry,
+            stop=tenacity.stop_after_attempt(self.settings.external_attempts)
+            | tenacity.stop_before_delay(seconds),
             reraise=True,
         )
-        return await retrying(circuit.run, lambda: self.get(ends))
+        data: JsonValue = await retrying(self.circuit.call, self.get, deadline)
+        return data
 
-    async def get(self, ends: float) -> Any:
-        """One attempt, within its time and the deadline's. Raises: ExternalServiceError."""
-        limit = min(self.settings.external_timeout_seconds, ends - time.monotonic())
-        headers = {"Accept-Encoding": "gzip", "X-Request-ID": request_id.get()}
-        self.http.cookies.clear()  # or one caller's would be sent for another
+    async def get(self, deadline: float) -> JsonValue:
+        """Make one attempt, which ends before the deadline (by time.monotonic()).
+
+        Raises ExternalServiceError. The log gets a reason, but nothing that the API
+        sent.
+        """
+        timeout = self.settings.external_timeout_seconds
+        headers = {
+            "Accept-Encoding": "identity",
+            "X-Request-ID": current_request_id.get(),
+        }
+        error: ExternalServiceError = TransientError("external_service_error")
         try:
-            with anyio.fail_after(limit):
-                async with self.http.stream("GET", self.url, headers=headers) as response:
-                    return await self.read(response)
-        except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError, zlib.error) as exc:
-            logger.warning("upstream: %s", type(exc).__name__)  # no text: it can quote the answer
-            code = "external_timeout" if isinstance(exc, TimeoutError) else "external_service_error"
-            is_transient = isinstance(exc, (TimeoutError, httpx.TransportError))
-            raise (TransientError if is_transient else ExternalServiceError)(code) from None
+            with anyio.fail_after(min(timeout, deadline - time.monotonic())):
+                stream = self.http.stream("GET", self.url, headers=headers)
+                async with stream as response:
+                    body = await self.read(response)
+                    data: JsonValue = from_json(body, allow_inf_nan=False)
+                    return data
+        except TimeoutError:
+            reason = "no answer in time"
+            error = TransientError("external_timeout")
+        except httpx.ConnectError as cause:  # the text is not the API's
+            reason = f"ConnectError: {cause}"
+        except httpx.TransportError as cause:
+            reason = type(cause).__name__
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as cause:
+            reason = type(cause).__name__
+            error = ExternalServiceError("external_service_error")
+        self.log_failure(reason)
+        raise error
 
     async def check_status(self, response: httpx.Response) -> None:
-        """Let successes pass, and nothing else, before httpx looks where a redirect leads."""
-        status, wait = response.status_code, response.headers.get("Retry-After", "")
-        if not response.is_success:
-            logger.warning("upstream: status %s", status)
-            family = 5 if status in (408, 429) else status // 100
-            error = {4: RejectionError, 5: TransientError}.get(family, ExternalServiceError)
-            seconds = int(wait) if re.fullmatch(r"[0-9]{1,9}", wait) else 0
-            raise error("external_service_error", seconds)
+        """Raise unless it is a success. httpx calls this before it handles redirects."""
+        status = response.status_code
+        if response.is_success:
+            return
+        self.log_failure(f"status {status}")
+        if status >= 500 or status in (408, 429):
+            error = TransientError("external_service_error")
+            asked = response.headers.get("Retry-After", "")
+            if re.fullmatch("[0-9]{1,9}", asked):
+                error.wait_seconds = int(asked)
+            raise error
+        if status >= 400:
+            raise RejectionError("external_service_error")
+        raise ExternalServiceError("external_service_error")
 
-    async def read(self, response: httpx.Response) -> Any:
-        """Read 1 MiB at most, inflated too (httpx has no bound there). Raises: ValueError."""
-        body, gzip = bytearray(), zlib.decompressobj(wbits=31)
+    async def read(self, response: httpx.Response) -> bytes:
+        """Return the body. Raises ValueError if it is encoded or too large."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ValueError("we asked for a body without encoding")
+        body = bytearray()
         async for chunk in response.aiter_raw():
             body += chunk
             if len(body) > MAX_UPSTREAM_BYTES:
-                raise ValueError("too large")
-        if response.headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip"):
-            body = bytearray(gzip.decompress(body, MAX_UPSTREAM_BYTES))
-            if not gzip.eof or gzip.unused_data:
-                raise ValueError("too large, cut off, or followed by more")
-        data = from_json(body)
-        json.dumps(data, allow_nan=False)  # NaN and Infinity (1e999) are not JSON
-        return data
+                raise ValueError("the body is too large")
+        return bytes(body)
+
+    def log_failure(self, reason: str) -> None:
+        logger.warning("%s: an attempt failed: %s", self.name, reason)
 
 
-# ==== 6 Security ======================================================================
-# Passwords: bcrypt, one thread per core, a bounded queue. Throttle: counted in the database
-# before anything is hashed. Tokens: JWT; a user's token_version ends them. No reset, no MFA.
-BCRYPT_HASH = re.compile(r"\$2[aby]\$(0[4-9]|1[0-5])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
+# ======================================================================================
+# 6 Security
+#
+# A bcrypt hash takes a quarter of a second, so passwords are hashed in threads. The
+# throttle limits failed logins; it counts in the database, so all workers share it.
+# Tokens are JWTs; a change of the user's token_version ends them early. A password
+# cannot be reset: that would need a second way to reach the user.
+
+BCRYPT_HASH = re.compile(
+    r"\$2[aby]\$"  # the version
+    r"(0[4-9]|1[0-5])\$"  # the cost: not above 15, because 31 would take days
+    r"[./A-Za-z0-9]{21}[.Oeu]"  # the salt: its last character has two bits only
+    r"[./A-Za-z0-9]{31}"  # the hash
+)
 
 
 class Passwords:
-    """Hashes and checks passwords without holding up other requests."""
+    """Hashes passwords in threads, without holding up other requests."""
 
     def __init__(self, rounds: int) -> None:
         cores = os.cpu_count() or 1
-        self.rounds, self.threads = rounds, anyio.CapacityLimiter(cores)
-        self.places = anyio.Semaphore(16 * cores)  # at cost 12 the last waits four seconds
+        self.rounds = rounds
+        self.threads = anyio.CapacityLimiter(cores)
+        self.free_places = 16 * cores  # with 12 rounds, the last one waits four seconds
+        self.decoy = f"$2b${rounds:02}$" + "." * 53  # a hash that no password has
 
-    def digest(self, password: str) -> bytes:
-        """64 bytes: bcrypt reads 72 at most. The key is public: it only makes the digest ours."""
-        return hmac.digest(b"service.py: password", password.encode(), "sha256").hex().encode()
-
-    def place(self) -> anyio.Semaphore:
-        """A place among those who may hash. Raises: overloaded, at once, if none is left."""
-        if not self.places.value:
-            raise ServiceError("overloaded", 2)
-        return self.places
+    @contextmanager
+    def take_place(self) -> Iterator[None]:
+        """Take a place in the queue, or raise ServiceError `overloaded`."""
+        if self.free_places == 0:
+            raise ServiceError("overloaded", retry_after=2)
+        self.free_places -= 1
+        try:
+            yield
+        finally:
+            self.free_places += 1
 
     async def hash(self, password: str) -> str:
-        digest, salt = self.digest(password), bcrypt.gensalt(self.rounds)
-        async with self.place():
-            raw = await anyio.to_thread.run_sync(bcrypt.hashpw, digest, salt, limiter=self.threads)
-        return raw.decode()
+        """Raises ServiceError `overloaded`."""
+        with self.take_place():
+            salt = bcrypt.gensalt(self.rounds)
+            return (await self.run(bcrypt.hashpw, password, salt)).decode()
 
-    def compare(self, password: str, stored: str) -> bool:
-        """Takes the same time with no hash, one damaged or too costly, or one of a lower cost."""
-        digest, usable = self.digest(password), BCRYPT_HASH.fullmatch(stored)
-        same = bcrypt.checkpw(digest, stored.encode()) if usable else False
-        # Costs are powers of two, and 2^a + 2^a + 2^(a+1) + ... + 2^(b-1) = 2^b.
-        for cost in range(int(usable[1]), self.rounds) if usable else [self.rounds]:
-            bcrypt.checkpw(digest, f"$2b${cost:02}${'.' * 53}".encode())
-        return same
+    async def verify(self, password: str, stored_hash: Optional[str]) -> bool:
+        """Check a password. The caller has taken a place.
 
-    async def verify(self, password: str, stored: str) -> bool:  # needs a place()
-        return await anyio.to_thread.run_sync(self.compare, password, stored, limiter=self.threads)
+        It takes the same time if the hash is missing, damaged or too expensive.
+        """
+        match = BCRYPT_HASH.fullmatch(stored_hash or "")
+        known_hash = match.group() if match else self.decoy
+        is_equal = await self.run(bcrypt.checkpw, password, known_hash.encode())
+        return is_equal and match is not None
+
+    async def run(
+        self, function: Callable[[bytes, bytes], T], password: str, salt: bytes
+    ) -> T:
+        # bcrypt reads 72 bytes at most. The digest has 64, so all characters count. Its
+        # key is no secret: it separates these hashes from those of other services.
+        key = b"service.py: password"
+        digest = hmac.digest(key, password.encode(), "sha256").hex().encode()
+        threads = self.threads
+        return await anyio.to_thread.run_sync(function, digest, salt, limiter=threads)
+
+    def is_outdated(self, stored_hash: str) -> bool:
+        """Whether the hash has fewer rounds than we want now (ASVS 11.2.2)."""
+        return int(stored_hash.split("$")[2]) < self.rounds
 
 
-class Services(NamedTuple):  # what lives as long as the process, and works together
-    settings: Settings
-    db: Database
-    external: ExternalClient
-    passwords: Passwords
-    token_secret: bytes
+class Accounts:
+    """Checks passwords, but no more often than the login throttle allows.
 
-    async def authenticate(self, email: str, address: str, password: str, refusal: str) -> Row:
-        """Return the user; counts as failed until then. Raises: AuthError; too_many_attempts."""
-        now, most = int(time.time()), self.settings.login_max_failures
-        window = self.settings.login_window_seconds
-        async with self.passwords.place():
-            await self.db.delete_ended_windows(now=now, latest=now + 2 * window)
-            user = await self.db.find_user_by_email(email=email)
-            for source, limit in ((address, most), ("*", 10 * most)):  # or one could spend them all
-                row = await self.db.count_attempt(email=email, address=source, ends=now + window)
-                if row["attempts"] > limit:
-                    if source == "*":  # no password was checked: take it back from the address
-                        await self.db.forgive_attempt(email=email, address=address, cleared="")
-                    log_event("login_throttled", user.get("id", ""), level=logging.WARNING)
-                    raise ServiceError("too_many_attempts", row["window_ends_at"] - now)
-            if not await self.passwords.verify(password, user.get("password_hash", "")):
-                log_event("login_failed", user.get("id", ""), level=logging.WARNING)
-                raise AuthError(refusal)
-            await self.db.forgive_attempt(email=email, address=address, cleared=address)
-        return user
+    The throttle counts the attempts on an email in a window of time, which the first
+    attempt begins: those from each address, and those from all addresses together.
+    """
 
-    def check_new_password(self, field: str, password: str) -> None:  # raises: ValidationError
-        least = self.settings.password_min_length
-        if not least <= len(password) <= 128:
-            error = {"msg": f"A password has {least} to 128 characters.", "type": "password_length"}
-            raise ValidationError("invalid_request", errors=[{"loc": ["body", field], **error}])
+    def __init__(self, settings: Settings, db: Database, passwords: Passwords) -> None:
+        self.max_failures = settings.login_max_failures
+        self.window_seconds = settings.login_window_seconds
+        self.db = db
+        self.passwords = passwords
 
-    async def replace_password(self, user: Row, password: str, ended: int) -> Row:
-        """Hash anew; end all sessions (`ended` 1) or none (0). {} if they ended meanwhile."""
-        found = {"id": user["id"], "token_version": user["token_version"]}
-        new_hash = await self.passwords.hash(password)
-        return await self.db.replace_hash(**found, new_hash=new_hash, ended=ended)
+    async def authenticate(
+        self, email: str, password: str, address: str
+    ) -> Optional[Login]:
+        """Return the account, or None if the email or the password is wrong.
 
-    def issue_token(self, user: Row) -> str:
-        """A JWT (RFC 7519), as RFC 8725 advises; `ver` ends it when the user's has moved on."""
-        now, life = int(time.time()), self.settings.jwt_expires_seconds
-        claims = {"iss": "service", "aud": "service", "sub": user["id"], "jti": uuid.uuid4().hex}
-        claims.update(iat=now, exp=now + life, ver=user["token_version"])
-        return jwt.encode(claims, self.token_secret, algorithm="HS256")
+        An attempt counts as a failure from its start, so that many at the same time
+        cannot pass the limit together. A success takes it back. Raises ServiceError
+        `too_many_attempts` or `overloaded`.
+        """
+        login = await self.db.find_login(email)
+        user_id = login.user_id if login else None
+        stored_hash = login.password_hash if login else None
+        with self.passwords.take_place():  # first: who finds no place has not failed
+            await self.refuse_if_too_many(email, address, user_id)
+            is_right = await self.passwords.verify(password, stored_hash)
+        if login is None or not is_right:
+            log_event("login_failed", user_id, level=logging.WARNING)
+            return None
+        await self.db.forgive_attempts(email, address)
+        return login
 
-    async def find_token_user(self, token: str) -> Row:
-        """Return the user of a valid token. Raises: AuthError."""
-        rules: Any = {"issuer": "service", "audience": "service", "algorithms": ["HS256"]}
-        rules["options"] = {"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]}
+    async def refuse_if_too_many(
+        self, email: str, address: str, user_id: Optional[str]
+    ) -> None:
+        """Count an attempt. Raises ServiceError `too_many_attempts` above a limit.
+
+        The address comes first, so that one address alone cannot use up the total.
+        """
+        limits = [(address, self.max_failures), (ALL_ADDRESSES, 10 * self.max_failures)]
+        for source, limit in limits:
+            now = int(time.time())
+            ends_at = now + self.window_seconds
+            counted = await self.db.count_attempt(email, source, now, ends_at)
+            if counted.attempts == 1:  # a window begins: a good moment to tidy up
+                await self.db.delete_ended_windows(now)
+            if counted.attempts > limit:
+                log_event("login_throttled", user_id, level=logging.WARNING)
+                seconds_left = counted.window_ends_at - now
+                raise ServiceError("too_many_attempts", retry_after=seconds_left)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """The content of a token, as far as we use it."""
+
+    user_id: str
+    token_version: int
+
+
+class Tokens:
+    """Issues and verifies JWTs (RFC 7519), as RFC 8725 advises."""
+
+    def __init__(self, secret: str, expires_seconds: int) -> None:
+        self.secret = os.fsencode(secret)
+        self.expires_seconds = expires_seconds
+
+    def issue(self, login: Login) -> str:
+        now = int(time.time())
+        claims = {
+            "iss": "service",
+            "aud": "service",
+            "sub": login.user_id,
+            "iat": now,
+            "exp": now + self.expires_seconds,
+            "jti": secrets.token_hex(8),
+            "ver": login.token_version,
+        }
+        return jwt.encode(claims, self.secret, algorithm="HS256")
+
+    def verify(self, token: str) -> Claims:
+        """Check everything but the user. Raises AuthError."""
         try:
-            claims = jwt.decode(token, self.token_secret, leeway=2, **rules)  # s: clocks differ
-            user_id = str(uuid.UUID(claims["sub"]))
+            claims = jwt.decode(
+                token,
+                self.secret,
+                algorithms=["HS256"],
+                issuer="service",
+                audience="service",
+                leeway=2,  # seconds, because the clocks of two hosts may differ
+                options={"require": ["iss", "aud", "sub", "iat", "exp", "jti", "ver"]},
+            )
+            return Claims(str(uuid.UUID(claims["sub"])), claims["ver"])
         except jwt.ExpiredSignatureError:
             raise AuthError("expired_token") from None
-        except Exception:  # a hostile token makes more raise than PyJWT (RecursionError, say)
-            raise AuthError("invalid_token") from None
-        user = await self.db.find_user_by_id(id=user_id)
-        if user.get("token_version") != claims["ver"]:
-            raise AuthError("invalid_token")
-        return user
+        except Exception:  # noqa: BLE001 (a bad token can even cause RecursionError)
+            is_pasted_badly = re.search("[\"' ]", token)  # no JWT has one of these
+            hint = "Send the access_token without quotes, and Bearer only once."
+            raise AuthError(
+                "invalid_token", hint if is_pasted_badly else None
+            ) from None
 
 
-# ==== 7 Middleware ====================================================================
-# One plain ASGI class. What it learns, it tells the routes through scope["state"].
+@dataclass(frozen=True)
+class Services:
+    """The parts that live as long as the process. A route gets them as ServicesDep."""
+
+    settings: Settings
+    db: Database
+    passwords: Passwords
+    accounts: Accounts
+    tokens: Tokens
+    external: ExternalClient
+    demo: DemoUpstream
+
+
+# ======================================================================================
+# 7 Middleware
+#
+# Plain ASGI classes with one job each, from the outside to the inside. To refuse a
+# request, they raise a ServiceError, which RequestContext answers. (BaseHTTPMiddleware
+# would be shorter, but takes four times as long and breaks context variables.)
+
 BODY_SECONDS = 5  # for a whole body to arrive
-NO_STORE = (b"cache-control", b"no-store")  # caches must not keep tokens and accounts
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-PUBLIC_PATHS = {"/api/v1/auth/register", "/api/v1/auth/login", "/demo/upstream"}
-PUBLIC_PATHS |= {"/health/live", "/health/ready", "/docs", "/redoc", "/openapi.json"}
 
 
-async def read_body(request: Request, receive: Receive) -> Receive:
-    """Read a bounded body; return a `receive` that repeats it. Raises: body_too_large, and 408."""
-    limit = request.app.state.settings.max_body_bytes
-    length = request.headers.get("content-length", "0")
-    if length == "0" and "transfer-encoding" not in request.headers:
-        return receive
-    if len(length) > 10 or int(length) > limit:  # 5,000 zeros are more than int() takes
-        raise ServiceError("body_too_large")
-    body = bytearray()
-    try:
-        with anyio.fail_after(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise ServiceError("body_too_large")
-    except (TimeoutError, ClientDisconnect):
-        raise ServiceError("request_timeout") from None
-    messages: list[Message] = [{"type": "http.request", "body": bytes(body)}]
-
-    async def repeat() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return repeat
+def client_address(scope: Scope) -> str:
+    """Behind a proxy, uvicorn needs `--forwarded-allow-ips` to know the address."""
+    client = scope.get("client")
+    return client[0] if client else "-"
 
 
-async def check_token(request: Request) -> None:
-    """Closed by default: what is not public needs a valid token. Raises: AuthError."""
-    if request.scope["path"][len(request.scope.get("root_path", "")) :] in PUBLIC_PATHS:
-        return
-    # Two headers are one, with a comma (RFC 9110, 5.3), and no token has that.
-    scheme, _, token = ",".join(request.headers.getlist("authorization")).partition(" ")
-    if scheme.lower() == "bearer":
-        request.state.user = await request.app.state.services.find_token_user(token.strip(" "))
-    elif any(route.matches(request.scope)[0].name == "FULL" for route in request.app.routes):
-        raise AuthError("not_authenticated")  # else there is nothing to protect: 404 or 405
+def choose_request_id(headers: Headers) -> str:
+    """Keep the id that the client sent, if it is safe to log."""
+    sent_id = headers.get("x-request-id", "")
+    is_safe = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent_id) is not None
+    return sent_id if is_safe else secrets.token_hex(16)
 
 
 class RequestContext:
-    """Gives a request its id, its access record and, whatever happens, an answer."""
+    """Gives a request its id and its line in the log, and answers what nobody else did.
+
+    The handlers of section 3 answer the errors of routes. RequestContext answers the
+    errors that another middleware raises, and bugs.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        began, status, request = time.perf_counter(), 0, Request(scope, receive)
-        sent_id = request.headers.get("x-request-id", "")
-        request_id.set(sent_id if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex)
-        own_headers = [NO_STORE, (b"x-request-id", request_id.get().encode())]
-        client = scope["client"][0][:64] if scope.get("client") else "-"
-        state = scope["state"] = {**scope.get("state", {}), "client": client, "user": {}}
+            await self.app(scope, receive, send)
+            return
+        started_at = time.perf_counter()
+        status = 0
+        sent_headers = Headers(scope=scope)
+        request_id = choose_request_id(sent_headers)
+        current_request_id.set(request_id)
+        is_head = scope["method"] == "HEAD"
+        asks_upgrade = "upgrade" in sent_headers and scope["http_version"] < "2"
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *own_headers]
+                headers = MutableHeaders(raw=list(message.get("headers", [])))
+                headers["X-Request-ID"] = request_id
+                headers.setdefault("Cache-Control", "no-store")
+                if asks_upgrade:  # or uvicorn parses the body as the next request
+                    headers["Connection"] = "close"
+                message = {**message, "headers": headers.raw}
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
+        inner_scope = {**scope, "state": {**scope.get("state", {})}}
+        if is_head:  # FastAPI has no HEAD for GET routes
+            inner_scope["method"] = "GET"
         try:
-            receive = await read_body(request, receive)
-            await check_token(request)
-            await self.app(scope, receive, send_with_id)
-        except Exception as exc:
-            response = problem_response(exc)
-            if isinstance(exc, AuthError) and exc.code.endswith("_token"):
-                log_event("token_refused", "", exc.code, logging.WARNING)
-            elif response.status_code == 500:
+            await self.app(inner_scope, receive, send_with_headers)
+        except Exception as error:
+            if not isinstance(error, ServiceError):
                 logger.exception("unhandled error")
-            if not status:
-                await response(scope, receive, send_with_id)
+                error = ServiceError("internal_error")
+            if not status:  # otherwise the answer has begun already
+                await problem_response(error)(inner_scope, receive, send_with_headers)
         finally:
-            path = scope["raw_path"][:500].decode("ascii", "backslashreplace")  # a line: one write
-            ms, method = round((time.perf_counter() - began) * 1000, 2), scope["method"][:20]
-            fields = {"method": method, "path": path, "status": status, "duration_ms": ms}
-            fields.update(client=client, user_id=state["user"].get("id"))
-            logger.info(f"{method} {path} {status} {ms} ms", extra={"fields": fields})
+            seconds = time.perf_counter() - started_at
+            log_access(scope, status, seconds, inner_scope["state"].get("user"))
 
 
-# ==== 8 Routes ========================================================================
-# A route validates by its model, calls the database or the client, returns a model, and names its
-# own errors in answers(...). It needs a token, unless its path is in PUBLIC_PATHS.
-router, demo_router = APIRouter(), APIRouter()
-BODY = (408, 413, 422)  # the errors of what has a body
+def log_access(scope: Scope, status: int, seconds: float, user: Optional[User]) -> None:
+    """Log a request, with its path as it was sent, but without its query string."""
+    # Servers need not tell the raw path (ASGI). Then we encode the path again.
+    raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+    fields = {
+        "method": scope["method"],
+        "path": raw_path.decode("ascii", "backslashreplace"),
+        "status": status,
+        "duration_ms": round(seconds * 1000, 2),
+        "client": client_address(scope),
+        "user_id": user.id if user else None,
+    }
+    message = "%(method)s %(path)s %(status)s %(duration_ms)s ms"
+    logger.info(message, fields, extra={"fields": fields})
+
+
+class BodyLimit:
+    """Reads the whole body, within five seconds, and refuses more than `max_bytes`."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self.may_have_body(scope):
+            await self.app(scope, receive, send)
+            return
+        try:
+            with anyio.fail_after(BODY_SECONDS):
+                body = await self.read(receive)
+        except TimeoutError:
+            raise ServiceError("request_timeout") from None
+        messages: list[Message] = [{"type": "http.request", "body": body}]
+
+        async def repeat() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, repeat, send)
+
+    def may_have_body(self, scope: Scope) -> bool:
+        """HTTP/1 announces a body in a header (RFC 9112). Later versions need not."""
+        headers = Headers(scope=scope)
+        is_announced = "content-length" in headers or "transfer-encoding" in headers
+        return is_announced or scope["http_version"] >= "2"
+
+    async def read(self, receive: Receive) -> bytes:
+        """Raises ServiceError. A client that has left gets `request_timeout`."""
+        body = bytearray()
+        has_more = True
+        while has_more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ServiceError("request_timeout")
+            body += message.get("body", b"")
+            if len(body) > self.max_bytes:
+                raise ServiceError("body_too_large")
+            has_more = message.get("more_body", False)
+        return bytes(body)
+
+
+class TokenCheck:
+    """Lets a request pass only with a valid token, unless its path is public.
+
+    A dependency would come too late: with a bad token, an unknown path would be 404,
+    and a broken body 422. So this finds the user, and `CurrentUser` hands it to the
+    route. In a test that replaces dependencies, it still needs a real token.
+    """
+
+    def __init__(self, app: ASGIApp, public_routes: Sequence[BaseRoute]) -> None:
+        self.app = app
+        self.public_routes = public_routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self.is_public(scope):
+            try:
+                await self.check(scope)
+            except AuthError as error:
+                if error.code != "not_authenticated":
+                    log_event("token_refused", None, error.code, logging.WARNING)
+                raise
+        await self.app(scope, receive, send)
+
+    def is_public(self, scope: Scope) -> bool:
+        """Whether the path belongs to a public route, with this or another method."""
+        matches = (route.matches(scope)[0] for route in self.public_routes)
+        return any(match is not Match.NONE for match in matches)
+
+    async def check(self, scope: Scope) -> None:
+        """Find the user of the token. Raises AuthError."""
+        services: Services = scope["app"].state.services
+        values = Headers(scope=scope).getlist("authorization")
+        if len(values) > 1:
+            raise AuthError("invalid_token")
+        scheme, _, token = "".join(values).partition(" ")
+        if scheme.lower() != "bearer":  # RFC 6750, 2.1
+            routes = scope["app"].routes
+            if any(route.matches(scope)[0] is Match.FULL for route in routes):
+                raise AuthError("not_authenticated")
+            return  # no route matches, so FastAPI will answer 404 or 405
+        claims = services.tokens.verify(token.strip(" "))
+        user = await services.db.find_user(claims.user_id)
+        if user is None or user.token_version != claims.token_version:
+            raise AuthError("invalid_token")
+        scope["state"]["user"] = user
+
+
+# ======================================================================================
+# 8 Routes
+#
+# A route checks its input by a model, uses the services, and returns a model. To add
+# one, write the models and the function, and name the errors that it can give. The
+# routes of PUBLIC_ROUTERS need no token; all others do.
+
+BODY_ERRORS = ("request_timeout", "body_too_large", "invalid_request")
+PASSWORD_ERRORS = ("database_unavailable", "overloaded")
+TOKEN_ERRORS = (
+    "not_authenticated",
+    "invalid_token",
+    "expired_token",
+    "database_unavailable",
+)
+
+public_auth = APIRouter(prefix="/api/v1/auth", tags=["auth"])
+auth = APIRouter(prefix="/api/v1/auth", tags=["auth"])
+external = APIRouter(prefix="/api/v1/external", tags=["external"])
+demo = APIRouter(prefix="/demo", tags=["demo"])
+health = APIRouter(prefix="/health", tags=["health"])
+PUBLIC_ROUTERS = (public_auth, demo, health)
+
+# ---- dependencies; they are async, because FastAPI runs others in threads ----
+
+
+async def get_services(request: Request) -> Services:
+    return cast(Services, request.app.state.services)
+
+
+async def get_address(request: Request) -> str:
+    return client_address(request.scope)
+
+
+class TokenUser(HTTPBearer):
+    """Hands over the user that TokenCheck has found.
+
+    TokenCheck protects the route. This scheme only draws the locks in /docs.
+    """
+
+    async def __call__(self, request: Request) -> User:  # type: ignore[override]
+        user: Optional[User] = getattr(request.state, "user", None)
+        if user is None:  # a public route asks for its user
+            raise AuthError("not_authenticated")
+        return user
+
+
+token_user = TokenUser(
+    scheme_name="token",
+    bearerFormat="JWT",
+    description="Paste the access_token of a login, without quotes and without Bearer.",
+)
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+AddressDep = Annotated[str, Depends(get_address)]
+CurrentUser = Annotated[User, Security(token_user)]
+
+# ---- emails and passwords ----
+
+MIN_PASSWORD_LENGTH = 8  # NIST SP 800-63B asks for 15 if there is no second factor
+MAX_PASSWORD_LENGTH = 128
+
+# We check the syntax only, but the library also refuses names such as ada@host.local.
+email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 
 def normalise_email(value: str) -> str:
-    """Check the syntax, no display names, and lower the case: one address, one spelling."""
+    """Return the one spelling in which an address is stored and compared.
+
+    (pydantic's EmailStr takes "Ada <ada@example.com>", and keeps capital letters.)
+    """
     try:
-        address = validate_email(value, check_deliverability=False).normalized.lower()
-        return unicodedata.normalize("NFC", address)  # lower() can take it apart
-    except EmailNotValidError:  # its text repeats parts of the value
-        raise ValueError("this is not an email address") from None
+        checked = email_validator.validate_email(value, check_deliverability=False)
+    except email_validator.EmailNotValidError:  # its text repeats parts of the value
+        raise PydanticCustomError("email", "This is not an email address.") from None
+    return unicodedata.normalize("NFC", checked.normalized.lower())
 
 
-SPECIAL_USE_DOMAIN_NAMES.clear()  # .test and .local are good syntax, too
-EMAIL = Body(max_length=254, examples=["ada@example.com"], json_schema_extra={"format": "email"})
-Email = Annotated[str, EMAIL, AfterValidator(normalise_email)]
-# Both Unicode forms are one password. NFC leaves at least a quarter of the characters: hence 512.
-NFC = AfterValidator(lambda value: unicodedata.normalize("NFC", value))
-Secret = Annotated[str, Body(max_length=512, examples=["correct horse battery staple"]), NFC]
-Flag = Annotated[bool, Body(embed=True, strict=True)]
+def normalise_password(value: object) -> object:
+    """Make a composed and a decomposed letter the same (NFC). Refuse half a letter."""
+    # NFC shrinks a text to a quarter at most. Without this limit, 64 kB of accents
+    # would block the service for seconds.
+    if isinstance(value, str) and len(value) <= 4 * MAX_PASSWORD_LENGTH:
+        value = unicodedata.normalize("NFC", value)
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise PydanticCustomError("unicode", "This is not valid Unicode.")
+    return value
+
+
+Email = Annotated[
+    str,
+    Field(
+        max_length=254,
+        examples=["ada@example.com"],
+        json_schema_extra={"format": "email"},
+    ),
+    pydantic.AfterValidator(normalise_email),
+]
+Password = Annotated[
+    str,
+    pydantic.BeforeValidator(normalise_password),
+    Field(examples=["correct horse battery staple"]),
+]
+NewPassword = Annotated[
+    Password, Field(min_length=MIN_PASSWORD_LENGTH, max_length=MAX_PASSWORD_LENGTH)
+]
+
+# ---- accounts ----
+
+
+class UserRegister(BaseModel):
+    email: Email
+    password: NewPassword
+
+
+class UserLogin(BaseModel):
+    email: Email
+    password: Password
+
+
+class PasswordChange(BaseModel):
+    current_password: Password
+    new_password: NewPassword
 
 
 class UserResponse(BaseModel):
+    model_config = pydantic.ConfigDict(from_attributes=True)
+
     id: uuid.UUID
     email: str = Field(examples=["ada@example.com"])
     created_at: datetime
 
 
-@router.post("/api/v1/auth/register", status_code=201, responses=answers("email_taken", *BODY))
-async def register(email: Email, password: Secret, request: Request) -> UserResponse:
-    """Create an account. The password has PASSWORD_MIN_LENGTH (8, unless set) to 128 characters."""
-    services: Services = request.app.state.services
-    services.check_new_password("password", password)
-    new = {"id": str(uuid.uuid4()), "created_at": datetime.now(timezone.utc).isoformat()}
-    new["password_hash"] = await services.passwords.hash(password)
-    user = await services.db.insert_user(email=email, **new)
-    if not user:
-        raise ServiceError("email_taken")
-    log_event("user_registered", user["id"])
-    return UserResponse(**user)
-
-
 class TokenResponse(BaseModel):
-    access_token: str
+    access_token: str = Field(examples=["eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln"])
     token_type: Literal["bearer"] = "bearer"
-    expires_in: int = Field(description="Seconds.")
+    expires_in: int = Field(description="Seconds.", examples=[86400])
 
 
-@router.post("/api/v1/auth/login", responses=answers("invalid_credentials", 429, *BODY))
-async def log_in(email: Email, password: Secret, request: Request) -> TokenResponse:
-    """Exchange email and password for a token; "Authorize" (top right) wants it without Bearer."""
-    services: Services = request.app.state.services
-    user = await services.authenticate(email, request.state.client, password, "invalid_credentials")
-    if int(user["password_hash"][4:6]) < services.settings.bcrypt_rounds:  # rounds were raised
-        await services.replace_password(user, password, ended=0)
-    log_event("login_succeeded", user["id"])
-    token, seconds = services.issue_token(user), services.settings.jwt_expires_seconds
-    return TokenResponse(access_token=token, expires_in=seconds)
+@public_auth.post(
+    "/register",
+    status_code=201,
+    responses=problems("email_taken", *PASSWORD_ERRORS, *BODY_ERRORS),
+)
+async def register(new_user: UserRegister, services: ServicesDep) -> UserResponse:
+    """Create an account."""
+    password_hash = await services.passwords.hash(new_user.password)
+    user = await services.db.insert_user(new_user.email, password_hash)
+    if user is None:
+        raise ServiceError("email_taken")
+    log_event("user_registered", user.id)
+    return UserResponse.model_validate(user)
 
 
-@router.get("/api/v1/auth/me")
-async def show_account(request: Request) -> UserResponse:
+@public_auth.post(
+    "/login",
+    responses=problems(
+        "invalid_credentials", "too_many_attempts", *PASSWORD_ERRORS, *BODY_ERRORS
+    ),
+)
+async def log_in(
+    credentials: UserLogin, address: AddressDep, services: ServicesDep
+) -> TokenResponse:
+    """Exchange email and password for a token."""
+    login = await services.accounts.authenticate(
+        credentials.email, credentials.password, address
+    )
+    if login is None:
+        raise AuthError("invalid_credentials")
+    if services.passwords.is_outdated(login.password_hash):
+        with suppress(ServiceError):  # if this fails, the next login tries again
+            new_hash = await services.passwords.hash(credentials.password)
+            await services.db.renew_hash(login, new_hash)
+    log_event("login_succeeded", login.user_id)
+    token = services.tokens.issue(login)
+    expires_in = services.settings.jwt_expires_seconds
+    return TokenResponse(access_token=token, expires_in=expires_in)
+
+
+@auth.get("/me", responses=problems(*TOKEN_ERRORS))
+async def show_account(user: CurrentUser) -> UserResponse:
     """Return the account that the token belongs to."""
-    return UserResponse(**request.state.user)
+    return UserResponse.model_validate(user)
 
 
-@router.put("/api/v1/auth/password", status_code=204, responses=answers(403, 429, *BODY))
-async def change_password(current_password: Secret, new_password: Secret, request: Request) -> None:
+@auth.put(
+    "/password",
+    status_code=204,
+    responses=problems(
+        "wrong_password",
+        "too_many_attempts",
+        *PASSWORD_ERRORS,
+        *TOKEN_ERRORS,
+        *BODY_ERRORS,
+    ),
+)
+async def change_password(
+    change: PasswordChange,
+    user: CurrentUser,
+    address: AddressDep,
+    services: ServicesDep,
+) -> None:
     """Replace the password and end every session, this one too."""
-    services: Services = request.app.state.services
-    services.check_new_password("new_password", new_password)
-    email, address = request.state.user["email"], request.state.client
-    user = await services.authenticate(email, address, current_password, "wrong_password")
-    if not await services.replace_password(user, new_password, ended=1):
-        raise AuthError("invalid_token")  # another change was quicker, and ended this session
-    log_event("password_changed", user["id"])
+    current = change.current_password
+    login = await services.accounts.authenticate(user.email, current, address)
+    if login is None:
+        raise AuthError("wrong_password")
+    new_hash = await services.passwords.hash(change.new_password)
+    if not await services.db.change_password(login, new_hash):
+        raise AuthError("invalid_token")  # another request has just ended this session
+    log_event("password_changed", user.id)
 
 
-@router.post("/api/v1/auth/logout", status_code=204)
-async def log_out(request: Request) -> None:
-    """End every session: all tokens issued to the user until now stop working."""
-    await request.app.state.services.db.end_sessions(id=request.state.user["id"])
-    log_event("logged_out", request.state.user["id"])
+@auth.post("/logout", status_code=204, responses=problems(*TOKEN_ERRORS))
+async def log_out(user: CurrentUser, services: ServicesDep) -> None:
+    """End every session: all tokens issued until now stop working."""
+    await services.db.end_sessions(user.id)
+    log_event("logged_out", user.id)
 
 
-@router.get("/api/v1/external/data", responses=answers(502, 504))
-async def fetch_external_data(request: Request) -> dict[str, Any]:
-    """Call the external API: with retries, within a deadline, behind a circuit breaker."""
-    return {"data": await request.app.state.services.external.fetch()}
+# ---- the external API ----
 
 
-class CircuitStatus(BaseModel, from_attributes=True):
-    state: Literal["closed", "open", "half-open"] = Field(validation_alias="current_state")
-    failures: int = Field(validation_alias="fail_counter", description="Failed attempts in a row.")
-    fail_max: int = Field(examples=[5], description="So many failures open the circuit.")
-    retry_after_seconds: int = Field(description="Until one call may probe; 0 unless open.")
+class ExternalData(BaseModel):
+    data: JsonValue = Field(examples=[{"message": "Hello from the demo upstream."}])
 
 
-@router.get("/api/v1/external/status")
-async def show_circuit(request: Request) -> CircuitStatus:
-    """The circuit of the process that answers. Open stays open until a call probes."""
-    return CircuitStatus.model_validate(request.app.state.services.external.circuit)
+class CircuitStatus(BaseModel):
+    state: CircuitState = Field(examples=["closed"])
+    failures: int = Field(description="Failed attempts in a row.", examples=[0])
+    fail_max: int = Field(description="This many open the circuit.", examples=[5])
+    retry_after_seconds: int = Field(
+        description="Seconds until a call may probe. 0 unless open.", examples=[0]
+    )
 
 
-@demo_router.put("/demo/upstream", status_code=204, responses=answers(*BODY))
-async def switch_demo_upstream(failing: Flag, request: Request) -> None:
-    """Make the demo upstream fail, or heal it; the circuit notices when you fetch external data."""
-    request.app.state.services.external.demo_status = 503 if failing else 200
+class DemoSwitch(BaseModel):
+    failing: bool = Field(strict=True, description="Whether every call fails.")
 
 
-@router.get("/health/live")
-async def check_liveness() -> dict[str, str]:
+@external.get(
+    "/data",
+    responses=problems(
+        *TOKEN_ERRORS, "external_service_error", "circuit_open", "external_timeout"
+    ),
+)
+async def fetch_external_data(user: CurrentUser, services: ServicesDep) -> ExternalData:
+    """Call the external API, with retries, a deadline and a circuit breaker."""
+    return ExternalData(data=await services.external.fetch())
+
+
+@external.get("/status", responses=problems(*TOKEN_ERRORS))
+async def show_circuit(user: CurrentUser, services: ServicesDep) -> CircuitStatus:
+    """Return the state of the circuit in the process that answers."""
+    circuit = services.external.circuit
+    return CircuitStatus(
+        state=circuit.state,
+        failures=circuit.breaker.fail_counter,
+        fail_max=circuit.breaker.fail_max,
+        retry_after_seconds=circuit.retry_after_seconds,
+    )
+
+
+@demo.put("/upstream", status_code=204, responses=problems(*BODY_ERRORS))
+async def switch_demo_upstream(switch: DemoSwitch, services: ServicesDep) -> None:
+    """Make the demo upstream fail, or heal it, to watch the circuit.
+
+    Let it fail and fetch external data twice: the circuit opens. Heal it, wait for
+    BREAKER_RESET_SECONDS and fetch again: the circuit closes.
+    """
+    services.demo.is_failing = switch.failing
+
+
+# ---- health ----
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+@health.get("/live", responses=problems())
+async def check_liveness() -> Health:
     """The process answers."""
-    return {"status": "ok"}
+    return Health()
 
 
-@router.get("/health/ready")
-async def check_readiness(request: Request) -> dict[str, str]:
+@health.get("/ready", responses=problems("database_unavailable"))
+async def check_readiness(services: ServicesDep) -> Health:
     """The process and its database answer."""
-    await request.app.state.services.db.find_user_by_id(id="")  # any statement would do
-    return {"status": "ok"}
+    await services.db.ping()
+    return Health()
 
 
-# ==== 9 App ===========================================================================
-# The lifespan opens what lives as long as the process, and closes it after the last answer.
+# ======================================================================================
+# 9 App
+#
+# The lifespan opens what lives as long as the process, and closes it after the last
+# answer. After SIGTERM, uvicorn still answers the requests that have begun. None of
+# them can hang for long: a body, a statement and an external call have their time
+# limits.
+
+DESCRIPTION = """\
+Accounts with tokens, and a client for an external API that may fail.
+
+To try it, register an account and log in. Copy the `access_token` from the answer,
+click **Authorize** and paste it. Then everything with a lock works.
+"""
+TAGS = [
+    {"name": "auth", "description": "Register, log in and out, change the password."},
+    {"name": "external", "description": "Call the external API, look at its circuit."},
+    {"name": "demo", "description": "Make the demo upstream fail, or heal it."},
+    {"name": "health", "description": "For monitors and load balancers."},
+]
+
+
+async def choose_secret(settings: Settings, db: Database) -> str:
+    """Return the key that signs tokens."""
+    if settings.jwt_secret is not None:
+        return settings.jwt_secret.get_secret_value()
+    random_secret = secrets.token_hex(32)
+    if settings.environment == "test":
+        return random_secret
+    logger.warning("JWT_SECRET is not set: development uses one kept in the database")
+    return await db.keep_secret("jwt_secret", random_secret)
+
+
+async def open_services(settings: Settings, stack: AsyncExitStack) -> Services:
+    """Create all parts; `stack` closes those that were opened. Raises StartError."""
+    db = await open_database(settings, stack)
+    secret = await choose_secret(settings, db)
+    passwords = Passwords(settings.bcrypt_rounds)
+    upstream = DemoUpstream()
+    url = "http://demo/"
+    transport: Optional[httpx.AsyncBaseTransport] = httpx.MockTransport(upstream)
+    if settings.external_api_url is not None:
+        url = str(settings.external_api_url)
+        transport = None
+    client = ExternalClient("external", url, settings, transport)
+    await stack.enter_async_context(client.http)
+    return Services(
+        settings=settings,
+        db=db,
+        passwords=passwords,
+        accounts=Accounts(settings, db, passwords),
+        tokens=Tokens(secret, settings.jwt_expires_seconds),
+        external=client,
+        demo=upstream,
+    )
+
+
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    settings = app.state.settings
-    async with AsyncExitStack() as stack:
-        for handler in logging.getLogger().handlers:  # uvicorn ends by the signal: no atexit then
-            stack.callback(handler.flush)
-        db = await open_database(settings, stack)
-        secret = key.get_secret_value() if (key := settings.jwt_secret) else os.urandom(32).hex()
-        if key is None and settings.environment == "development":
-            logger.warning("JWT_SECRET is not set: a random one is used, kept in the database")
-            secret = (await db.keep_secret(name="jwt_secret", value=secret))["value"]
-        external, passwords = ExternalClient(settings), Passwords(settings.bcrypt_rounds)
-        await stack.enter_async_context(external.http)
-        app.state.services = Services(settings, db, external, passwords, os.fsencode(secret))
-        yield
+    log_listener.start()
+    try:
+        async with AsyncExitStack() as stack:
+            app.state.services = await open_services(app.state.settings, stack)
+            yield
+    except StartError as error:
+        app.state.start_error = f"not started: {error}"
+        raise
+    finally:
+        log_listener.wait_until_written()
 
 
-def describe_api(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's openapi.json, and what it does not know: our tokens, the shape of our errors."""
-    schema = FastAPI.openapi(app)
-    for path, operations in schema["paths"].items():
-        for operation in operations.values():
-            operation["tags"] = [path.replace("/api/v1", "").split("/")[1]]
-            if path not in PUBLIC_PATHS:
-                operation["responses"].update(answers(401))
-                operation["security"] = [{"token": []}]
-    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    names = ServiceError("invalid_request", errors=[]).describe()
-    schema["components"]["schemas"]["Problem"] = {"properties": {name: {} for name in names}}
-    return schema
+class Service(FastAPI):
+    """FastAPI, with a short report of a failed start, and `Problem` in openapi.json."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give the server the sentence of a StartError, not Starlette's traceback."""
+
+        async def send_sentence(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                default = message["message"]
+                sentence = getattr(self.state, "start_error", default)
+                message = {**message, "message": sentence}
+            await send(message)
+
+        is_lifespan = scope["type"] == "lifespan"
+        await super().__call__(scope, receive, send_sentence if is_lifespan else send)
+
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI itself documents models of `responses=` as application/json only."""
+        document = super().openapi()
+        schemas = document["components"]["schemas"]
+        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(problem.pop("$defs"))
+        schemas["Problem"] = problem
+        return document
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Optional[Settings] = None) -> FastAPI:
+    """Put the parts together. Raises StartError if a setting is wrong."""
+    settings = settings or load_settings()
     configure_logging(settings)
-    handlers: Any = {HTTPException: None, RequestValidationError: None}  # RequestContext answers
-    app = FastAPI(lifespan=lifespan, exception_handlers=handlers, redirect_slashes=False)
-    app.title, app.state.settings = "service", settings
-    app.include_router(router, responses=answers(500, 503))
-    if settings.environment == "development" and settings.external_api_url is None:
-        app.include_router(demo_router, responses=answers(500, 503))
-    app.openapi = lambda: describe_api(app)  # type: ignore[method-assign]
+    app = Service(
+        title="service",
+        version="1.0.0",
+        description=DESCRIPTION,
+        openapi_tags=TAGS,
+        lifespan=lifespan,
+        redirect_slashes=False,  # it would redirect to whatever the Host header says
+        swagger_ui_oauth2_redirect_url=None,
+        generate_unique_id_function=lambda route: route.name,
+        exception_handlers={  # never for Exception: it would run outside RequestContext
+            ServiceError: handle_service_error,
+            RequestValidationError: handle_validation_error,
+            HTTPException: handle_http_exception,
+        },
+    )
+    app.state.settings = settings
+    public_routes = list(app.routes)  # /docs, /redoc, /openapi.json
+    for router in PUBLIC_ROUTERS:
+        public_routes.extend(router.routes)
+    is_development = settings.environment == "development"
+    for router in (*PUBLIC_ROUTERS, auth, external):
+        if router is not demo or (is_development and not settings.external_api_url):
+            app.include_router(router)
+    # The first one is the innermost.
+    app.add_middleware(TokenCheck, public_routes=public_routes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     return app
 
 
-app = create_app(load_settings())
+try:
+    app = create_app()
+except StartError as error:
+    print(f"service: not started: {error}", file=sys.stderr)
+    sys.exit(3)  # with 3, uvicorn and gunicorn do not try again
