@@ -46,6 +46,7 @@ import httpx
 import jwt
 import pydantic
 import pytest
+import uvicorn.supervisors.multiprocess
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from starlette.exceptions import HTTPException
@@ -5049,9 +5050,9 @@ async def test_while_another_process_locks_sqlite_writes_are_503_in_time(sqlite)
             for answer in answers:
                 check_problem(answer, 503, "database_unavailable")
             assert seconds < 2.5  # one after another would take four
-            # This waits until SQLite has ended the statement for which we do not wait.
-            await asyncio.wait_for(client.services.db.writer().__aenter__(), 10)
-            other.execute("ROLLBACK")
+            async with client.services.db.writer():  # no statement is running any more
+                assert time.monotonic() - begin < 10
+                other.execute("ROLLBACK")
         assert await sqlite.sql(ALL_EMAILS) == [(EMAIL,)]
 
 
@@ -5112,7 +5113,7 @@ async def test_a_sqlite_that_takes_no_writes_is_503_and_heals(
     async with serve(sqlite) as client:
         async with client.services.db.writer() as connection:
             await connection.fetch_one(f"PRAGMA {sick}")
-        accounts = [{**ADA, "email": f"{n}@{'x' * 60}.com"} for n in range(200)]
+        accounts = [{**ADA, "email": f"{n}@{'x' * 60}.com"} for n in range(60)]
         answers = [await client.post(REGISTER, json=account) for account in accounts]
         check_problem(answers[-1], 503, "database_unavailable")
         assert {answer.status_code for answer in answers} <= {201, 503}
@@ -5426,76 +5427,59 @@ async def test_a_connection_that_has_just_been_given_back_can_be_discarded(postg
 
 WRONG_PASSWORD = "wr0ng-one"
 NEW_PASSWORD = "n3w password"
+STATUSES_AFTER_SIGTERM = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def walk(server):
-    """Use everything once. Return what the answers say, and the token."""
+    """Use everything once. Return the token, and the number of requests."""
+    answers = []
 
-    def ask(method, path, **options):
-        answer = server.ask(method, path, **options)
+    def ask(call, status, code=None, **options):
+        answer = server.ask(*call.split(), **options)
         answers.append(answer)
+        assert answer.status_code == status, answer.text
+        if code is not None:
+            check_problem(answer, status, code)
         return answer
 
-    answers = []
     wrong = {**ADA, "password": WRONG_PASSWORD}
     change = {"current_password": PASSWORD, "new_password": NEW_PASSWORD}
-    ask("POST", REGISTER, json=ADA)
-    ask("POST", REGISTER, json=ADA)
-    ask("POST", LOGIN, json=wrong)
-    token = ask("POST", LOGIN, json=ADA).json()["access_token"]
+    ask(f"POST {REGISTER}", 201, json=ADA)
+    ask(f"POST {REGISTER}", 409, "email_taken", json=ADA)
+    ask(f"POST {LOGIN}", 401, "invalid_credentials", json=wrong)
+    token = ask(f"POST {LOGIN}", 200, json=ADA).json()["access_token"]
     headers = {"Authorization": f"Bearer {token}"}
-    ask("GET", ME, headers=headers)
-    ask("GET", ME)
-    ask("GET", DATA, headers=headers)
-    ask("PUT", DEMO, json={"failing": True})
-    ask("GET", DATA, headers=headers)
-    ask("GET", DATA, headers=headers)
-    ask("GET", STATUS, headers=headers)
-    ask("PUT", CHANGE, json=change, headers=headers)
-    ask("GET", ME, headers=headers)
-    said = [
-        (answer.status_code, (answer.json() if answer.content else {}).get("code"))
-        for answer in answers
-    ]
-    return said, token
+    ask(f"GET {ME}", 200, headers=headers)
+    ask(f"GET {ME}", 401, "not_authenticated")
+    ask(f"GET {DATA}", 200, headers=headers)
+    ask(f"PUT {DEMO}", 204, json={"failing": True})
+    ask(f"GET {DATA}", 502, "external_service_error", headers=headers)
+    ask(f"GET {DATA}", 503, "circuit_open", headers=headers)
+    ask(f"GET {STATUS}", 200, headers=headers)
+    ask(f"PUT {CHANGE}", 204, json=change, headers=headers)
+    ask(f"GET {ME}", 401, "invalid_token", headers=headers)
+    return token, len(answers)
 
 
 @pytest.mark.process
-async def test_a_real_server_keeps_its_promises_and_no_secret_is_in_its_log(
-    store, tmp_path
-):
+async def test_a_walk_on_a_real_server_leaves_no_secret_in_its_log(store, tmp_path):
     folder = tmp_path / "with a space"
     folder.mkdir()
     settings = {"DATABASE_URL": store.url, "LOG_LEVEL": "DEBUG"}
 
     def run():
         with Server(folder, BREAKER_FAIL_MAX="3", **settings) as server:
-            said, token = walk(server)
-            return said, token, server.stop(), server.log.read_text()
+            token, requests = walk(server)
+            assert server.stop() in STATUSES_AFTER_SIGTERM
+            return token, requests, server.log.read_text()
 
-    said, token, status, log = await asyncio.to_thread(run)
-    assert said == [
-        (201, None),
-        (409, "email_taken"),
-        (401, "invalid_credentials"),
-        (200, None),
-        (200, None),
-        (401, "not_authenticated"),
-        (200, None),
-        (204, None),
-        (502, "external_service_error"),
-        (503, "circuit_open"),
-        (200, None),
-        (204, None),
-        (401, "invalid_token"),
-    ]
-    assert status in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    token, requests, log = await asyncio.to_thread(run)
     [(jwt_secret,)] = await store.sql("SELECT value FROM secrets")
     for secret in (EMAIL, PASSWORD, WRONG_PASSWORD, NEW_PASSWORD, "$2b$", jwt_secret):
         assert secret not in log
     for part in token.split("."):
         assert part not in log
-    check_records(log, requests=len(said) + 1)  # one more, to see that it has started
+    check_records(log, requests + 1)  # one more, to see that the server has started
 
 
 def check_records(log, requests):
@@ -5598,7 +5582,7 @@ def stopped_server(tmp_path_factory):
 @pytest.mark.process
 def test_sigterm_answers_a_request_that_has_begun(stopped_server):
     assert stopped_server.slow_answer.startswith(b"HTTP/1.1 201 ")
-    assert stopped_server.status in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert stopped_server.status in STATUSES_AFTER_SIGTERM
 
 
 @pytest.mark.process
@@ -5621,7 +5605,7 @@ def test_a_log_that_nobody_reads_stalls_neither_the_service_nor_its_exit(tmp_pat
     os.close(writer)
     with open(reader, "rb"), server:
         fill_log(server)
-        assert server.stop() in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        assert server.stop() in STATUSES_AFTER_SIGTERM
 
 
 @pytest.mark.process
@@ -5688,41 +5672,67 @@ def test_several_workers_share_secret_throttle_and_logout(tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
-NO_FOLDER = "sqlite:////no/such/folder/x.db"
-NO_SERVER = "postgresql://u:hunter2@127.0.0.1:1/db"
+# The newest uvicorn for Python 3.9 starts a worker again and again, whatever its status.
+OLD_UVICORN = not hasattr(uvicorn.supervisors.multiprocess, "STARTUP_FAILURE")
+
+
+@pytest.fixture(scope="session")
+def failed_starts(tmp_path_factory):
+    """Start servers that cannot start, all at once. Return their statuses and logs.
+
+    The status of a server that does not end by itself is None.
+    """
+
+    def wait(server):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return server.process.wait(60)
+
+    wrong_setting = {"JWT_SECRET": "hunter2", "LOG_LEVEL": "ERROR"}
+    no_database = {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/db"}
+    # With the second option, uvicorn notices sooner that a worker has ended.
+    two_workers = ["--workers", "2", "--timeout-worker-healthcheck", "3"]
+    folder = tmp_path_factory.mktemp("failed starts")
+    servers = {
+        "wrong setting": Server(folder, **wrong_setting),
+        "no database": Server(folder, **no_database, LOG_LEVEL="ERROR"),
+    }
+    if not OLD_UVICORN:
+        servers["two workers"] = Server(folder, *two_workers, **wrong_setting)
+    with contextlib.ExitStack() as stack:
+        for server in servers.values():
+            stack.push(server)
+        return {
+            name: (wait(server), server.log.read_text())
+            for name, server in servers.items()
+        }
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("name", "value", "place"),
+    ("start", "reason"),
     [
-        pytest.param("JWT_SECRET", "hunter2", "JWT_SECRET", id="wrong setting"),
-        pytest.param("DATABASE_URL", NO_SERVER, "127.0.0.1:1/db", id="no database"),
+        pytest.param("wrong setting", "JWT_SECRET: use 32 bytes", id="wrong setting"),
+        pytest.param(
+            "no database", "DATABASE_URL: cannot use 127.0.0.1:1/db", id="no database"
+        ),
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line_and_ends_with_3(
-    tmp_path, name, value, place
+    failed_starts, start, reason
 ):
-    server = Server(tmp_path, LOG_LEVEL="ERROR", **{name: value})
-    try:
-        assert server.process.wait(60) == 3
-    finally:
-        server.__exit__()
-    log = server.log.read_text()
-    lines = [line for line in log.splitlines() if name in line and place in line]
-    assert len(lines) == 1 and "not started" in lines[0]
+    status, log = failed_starts[start]
+    assert status == 3
+    assert len(re.findall(f"not started: {reason}", log)) == 1
+    assert len([line for line in log.splitlines() if reason in line]) == 1
     assert "Traceback" not in log and "hunter2" not in log
 
 
 @pytest.mark.process
-def test_several_workers_with_a_wrong_setting_end_by_themselves(tmp_path):
-    server = Server(tmp_path, "--workers", "2", JWT_SECRET="hunter2")
-    try:
-        server.process.wait(60)  # or it would restart its workers for ever
-    finally:
-        server.__exit__()
-    log = server.log.read_text()
-    assert "not started: JWT_SECRET" in log
+@pytest.mark.skipif(OLD_UVICORN, reason="this uvicorn never gives up")
+def test_several_workers_with_a_wrong_setting_end_by_themselves(failed_starts):
+    status, log = failed_starts["two workers"]
+    assert status is not None
+    assert "not started: JWT_SECRET: use 32 bytes" in log
     assert "Traceback" not in log and "hunter2" not in log
 
 
@@ -5962,9 +5972,9 @@ def flood_of_logins(server, accounts):
 def measure_requests(bare, server, headers, rounds=5):
     """Return how many times the CPU of the bare route each kind of request takes."""
     kinds = {
-        f"{name}, {connections} at once": (path, connections)
+        f"CPU of {name}, {connections} connections": (path, connections)
         for connections in (16, 1)
-        for name, path in (("GET me", ME), ("An open circuit", DATA))
+        for name, path in (("GET me", ME), ("an open circuit", DATA))
     }
     ratios = {kind: [] for kind in kinds}
     cores = sorted(os.sched_getaffinity(0))
@@ -5978,7 +5988,10 @@ def measure_requests(bare, server, headers, rounds=5):
             ratios[kind].append(cost / floor)
     os.sched_setaffinity(0, cores)
     set_cores(server, cores)
-    return {f"{k}": f"{statistics.median(v):.2f}" for k, v in ratios.items()}
+    return {
+        kind: f"{statistics.median(values):.1f} bare routes"
+        for kind, values in ratios.items()
+    }
 
 
 def measure_logins(server, headers, accounts, rounds=3):
@@ -5987,21 +6000,21 @@ def measure_logins(server, headers, accounts, rounds=3):
     idle = []
     busy = []
     for _ in range(rounds):
-        idle += send_gets(server, ME, headers, 3, pause=0.005)
-        limit = hash_on_all_cores(6)
+        idle += send_gets(server, ME, headers, 2, pause=0.005)
+        limit = hash_on_all_cores(5)
         with flood_of_logins(server, accounts) as statuses:
             time.sleep(2)
             begin = time.monotonic()
             before = len(statuses)
-            time.sleep(10)
+            time.sleep(8)
             rate = (len(statuses) - before) / (time.monotonic() - begin)
-            busy += send_gets(server, ME, headers, 6, pause=0.005)
+            busy += send_gets(server, ME, headers, 5, pause=0.005)
         assert set(statuses) == {200}
         shares.append(rate / limit)
     return {
-        "Logins, of what bcrypt alone reaches": f"{statistics.median(shares):.2f}",
-        "p99 of GET me, idle": f"{p99_milliseconds(idle):.1f} ms",
-        "p99 of GET me, while 16 log in": f"{p99_milliseconds(busy):.1f} ms",
+        "Logins, as a share of bcrypt alone": f"{statistics.median(shares):.2f}",
+        "p99 of GET me, no other requests": f"{p99_milliseconds(idle):.1f} ms",
+        "p99 of GET me, 16 clients log in": f"{p99_milliseconds(busy):.1f} ms",
     }
 
 
@@ -6022,18 +6035,23 @@ def measure(bare, database_url, folder):
     return results
 
 
+@pytest.fixture
+def stores(request):
+    names = {"SQLite": "sqlite"}
+    if POSTGRES_URL:
+        names["PostgreSQL"] = "postgres"
+    return {name: request.getfixturevalue(fixture) for name, fixture in names.items()}
+
+
 @pytest.mark.benchmark
 @pytest.mark.process
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="reads the CPU time from /proc"
 )
-def test_benchmark(sqlite, tmp_path, request, capsys):
-    databases = {"SQLite": sqlite}
-    if POSTGRES_URL:
-        databases["PostgreSQL"] = request.getfixturevalue("postgres")
+async def test_benchmark(stores, tmp_path, capsys):
     (tmp_path / "bare.py").write_text(BARE_APP)
     with Server(tmp_path, "--no-access-log", app="bare:app") as bare:
-        columns = [measure(bare, store.url, tmp_path) for store in databases.values()]
+        columns = [measure(bare, store.url, tmp_path) for store in stores.values()]
     versions = [
         f"{name} {importlib.metadata.version(name)}"
         for name in ("fastapi", "starlette", "uvicorn", "databases", "bcrypt")
@@ -6041,7 +6059,7 @@ def test_benchmark(sqlite, tmp_path, request, capsys):
     python = f"Python {platform.python_version()}"
     with capsys.disabled():
         print(f"\n\n{date.today()}, {', '.join([python, *versions])}:\n")
-        print(f"| | {' | '.join(databases)} |")
-        print(f"|---|{'---|' * len(databases)}")
+        print(f"| | {' | '.join(stores)} |")
+        print(f"|---|{'---|' * len(stores)}")
         for row in columns[0]:
             print(f"| {row} | {' | '.join(column[row] for column in columns)} |")
