@@ -1041,7 +1041,8 @@ class HashCalls:
             self.threads.append(threading.current_thread())
             self.running += 1
             self.most_at_once = max(self.most_at_once, self.running)
-        self.gate.wait(10)
+        if not self.gate.wait(5):  # the test has failed: do not hold up the rest
+            self.gate.set()
         try:
             return self.function(*arguments)
         finally:
@@ -3627,8 +3628,8 @@ async def read_status(client):
 
 
 async def wait_until_true(condition):
-    """Let other tasks run until the condition is true. Fail after ten seconds."""
-    give_up_at = time.monotonic() + 10
+    """Let other tasks run until the condition is true. Fail after a minute."""
+    give_up_at = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < give_up_at, "the condition did not become true"
         await asyncio.sleep(0.01)
@@ -4057,7 +4058,11 @@ async def test_the_service_answers_others_while_150_calls_hang(upstream):
         writer.write(ok(1))
 
     upstream.script = [wait_for_gate]
-    settings = {"external_timeout_seconds": 20, "external_deadline_seconds": 20}
+    settings = {
+        "database_timeout_seconds": 60,
+        "external_timeout_seconds": 60,
+        "external_deadline_seconds": 60,
+    }
     async with serve_with_upstream(upstream, **settings) as client:
         calls = [asyncio.ensure_future(client.get(DATA)) for _ in range(150)]
         await wait_until_true(lambda: len(upstream.requests) == 150)
