@@ -2011,7 +2011,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 class Service(FastAPI):
-    """FastAPI, with a short report of a failed start, and `Problem` in openapi.json."""
+    """FastAPI, with a short report of a failed start and a complete openapi.json."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Give the server the sentence of a StartError, not Starlette's traceback."""
@@ -2027,8 +2027,14 @@ class Service(FastAPI):
         await super().__call__(scope, receive, send_sentence if is_lifespan else send)
 
     def openapi(self) -> dict[str, Any]:
-        """FastAPI itself documents models of `responses=` as application/json only."""
+        """Add `Problem`, and say of public operations that they need no token.
+
+        FastAPI itself documents models of `responses=` as application/json only.
+        """
         document = super().openapi()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation.setdefault("security", [])
         schemas = document["components"]["schemas"]
         problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(problem.pop("$defs"))
