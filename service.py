@@ -1317,7 +1317,7 @@ class Passwords:
             return (await self.run(bcrypt.hashpw, password, salt)).decode()
 
     async def verify(self, password: str, stored_hash: Optional[str]) -> bool:
-        """Check a password. The caller has taken a place.
+        """Check a password. The caller must have taken a place.
 
         It takes the same time if the hash is missing, damaged or too expensive.
         """
@@ -1366,7 +1366,7 @@ class Accounts:
         login = await self.db.find_login(email)
         user_id = login.user_id if login else None
         stored_hash = login.password_hash if login else None
-        with self.passwords.take_place():  # first: who finds no place has not failed
+        with self.passwords.take_place():  # before the count: overloaded is no failure
             await self.refuse_if_too_many(email, address, user_id)
             is_right = await self.passwords.verify(password, stored_hash)
         if login is None or not is_right:
@@ -1702,7 +1702,8 @@ CurrentUser = Annotated[User, Security(token_user)]
 MIN_PASSWORD_LENGTH = 8  # NIST SP 800-63B asks for 15 if there is no second factor
 MAX_PASSWORD_LENGTH = 128
 
-# We check the syntax only, but the library also refuses names such as ada@host.local.
+# We check the syntax only. The library also refuses names such as ada@host.local, and
+# only an empty list can stop it.
 email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 

@@ -2076,6 +2076,11 @@ def test_head_has_the_headers_of_get_and_no_body(server, is_signed_in, status):
     assert head_body == ""
 
 
+async def test_a_public_path_ignores_a_dead_token_with_any_method(client):
+    answer = await client.get(LOGIN, headers={"Authorization": "Bearer dead"})
+    check_problem(answer, 405, "method_not_allowed")
+
+
 # ---- errors ----------------------------------------------------------------------------
 
 JSON_TYPE = {"Content-Type": "application/json"}
