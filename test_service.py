@@ -4974,10 +4974,9 @@ async def test_the_statements_of_a_session_search_by_index(sqlite):
         await client.post(LOGOUT, headers=headers)
     plans = []
     for statement in statements:
-        statement = re.sub(
-            r"\?\d*|\$1", "'a'", statement
-        )  # Python 3.10 shows no values
-        rows = await sqlite.sql(f"EXPLAIN QUERY PLAN {statement}")
+        # Up to Python 3.10, the trace shows ?, ?1 or $1 in the place of a value.
+        some_values = re.sub(r"'[^']*'|\?\d*|\$\d", "'a'", statement)
+        rows = await sqlite.sql(f"EXPLAIN QUERY PLAN {some_values}")
         plans += [row[3] for row in rows]
     assert len(plans) >= 5
     assert [plan for plan in plans if " USING INDEX " not in plan] == []
