@@ -6,6 +6,7 @@ PostgreSQL, too. `pytest -m "not process"` leaves out the tests that start a ser
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -53,10 +54,13 @@ from starlette.exceptions import HTTPException
 
 FOLDER = Path(__file__).parent
 START_FOLDER = os.getcwd()
-os.chdir(tempfile.gettempdir())  # the .env and the environment of a developer stay out
-with mock.patch.dict(os.environ, clear=True):
+# The .env and the environment of a developer stay out.
+with tempfile.TemporaryDirectory() as empty, mock.patch.dict(os.environ, clear=True):
+    os.chdir(empty)
     import service
-os.chdir(START_FOLDER)
+
+    WRITTEN_BY_IMPORT = os.listdir()
+    os.chdir(START_FOLDER)
 service.STDOUT = os.open(os.devnull, os.O_WRONLY)  # tests of the log look elsewhere
 
 POSTGRES_URL = os.environ.get("TEST_POSTGRES_URL", "")
@@ -146,18 +150,30 @@ def sqlite():
         yield Store(f"sqlite:///{folder}/service.db")
 
 
-@pytest.fixture
-async def postgres():
-    """A database of its own for each process of the test run, emptied for each test."""
+@pytest.fixture(scope="session")
+def postgres_database():
+    """Each process of the test run has a database of its own."""
     if not POSTGRES_URL:
         pytest.skip("TEST_POSTGRES_URL is not set")
     name = f"service_test_{os.getpid()}"
-    admin = await asyncpg.connect(POSTGRES_URL)
-    await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-    await admin.execute(f"CREATE DATABASE {name}")
+    admin = Store(POSTGRES_URL)
+    asyncio.run(admin.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+    asyncio.run(admin.sql(f"CREATE DATABASE {name}"))
     yield Store(re.sub(r"/[^/]*$", f"/{name}", POSTGRES_URL))
-    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    await admin.close()
+    asyncio.run(admin.sql(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+async def postgres(postgres_database):
+    """The database, empty, and without the connections of the test before."""
+    db = await asyncpg.connect(postgres_database.url)
+    await db.execute("""
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid();
+        DROP SCHEMA public CASCADE;
+        CREATE SCHEMA public""")
+    await db.close()
+    return postgres_database
 
 
 @pytest.fixture(params=["sqlite", "postgres"] if POSTGRES_URL else ["sqlite"])
@@ -317,6 +333,8 @@ def unused_port():
 class Server:
     """A real uvicorn on a free port, with its own folder and environment."""
 
+    has_started = False
+
     def __init__(
         self, folder, *arguments, app="service:app", output=None, **environment
     ):
@@ -324,6 +342,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.folder = folder
         self.log = folder / f"log-{self.port}"
         self.http = httpx.Client(
             base_url=self.url,
@@ -346,14 +365,21 @@ class Server:
             )
 
     def __enter__(self):
-        for _ in range(400):
+        self.wait_for_start()
+        if not self.has_started:
+            raise AssertionError(self.log.read_text())
+        return self
+
+    def wait_for_start(self):
+        """Return when the server has answered, or has ended, or after a long time."""
+        deadline = time.monotonic() + 60
+        while not self.has_started and time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                return
             with contextlib.suppress(httpx.TransportError):
                 self.ask("GET", "/health/live")
-                return self
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
+                self.has_started = True
+            time.sleep(0.02)
 
     def __exit__(self, *_):
         self.http.close()
@@ -374,12 +400,74 @@ class Server:
         return {"Authorization": f"Bearer {token}"}
 
 
+def start_with_pipe(folder, blocking, **options):
+    """Start a server whose log goes to `server.pipe`, which nobody reads so far."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, blocking)
+    server = Server(folder, output=writer, **options)
+    os.close(writer)
+    server.pipe = os.fdopen(reader, "rb")
+    return server
+
+
+def start_hasty(folder):
+    """Start a server that waits half a second for a body, and that hashes slowly."""
+    code = "import service\nservice.BODY_SECONDS = 0.5\napp = service.app\n"
+    (folder / "hasty.py").write_text(code)
+    return start_with_pipe(folder, False, app="hasty:app", BCRYPT_ROUNDS="13")
+
+
+NO_DATABASE = "postgresql://u:hunter2@127.0.0.1:1/db"
+TWO_WORKERS = ("--workers", "2")
+# With this option, uvicorn notices sooner that a worker has ended.
+IMPATIENT = ("--timeout-worker-healthcheck", "3")
+WRONG = {"JWT_SECRET": "hunter2", "LOG_LEVEL": "ERROR"}
+
+# The marker `process` of a test names the server that the test needs. The last three do
+# not start, and end by themselves.
+EARLY_SERVERS = {
+    "shared": lambda folder: Server(folder, LOG_LEVEL="DEBUG"),
+    "killed": Server,
+    "hasty": start_hasty,
+    "unread": lambda folder: start_with_pipe(folder, True),
+    "two workers": lambda folder: Server(folder, *TWO_WORKERS),
+    "readme": lambda folder: Server(folder, BREAKER_RESET_SECONDS="1"),
+    "wrong setting": lambda folder: Server(folder, **WRONG),
+    "wrong workers": lambda folder: Server(folder, *TWO_WORKERS, *IMPATIENT, **WRONG),
+    "no database": lambda folder: Server(folder, DATABASE_URL=NO_DATABASE),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_server(request, tmp_path_factory):
+    """Start the servers of the chosen tests, one after another, while other tests run.
+
+    A test gets its server by name: `early_server("shared")`.
+    """
+    marks = [test.get_closest_marker("process") for test in request.session.items]
+    names = {mark.args[0] for mark in marks if mark and mark.args}
+    with contextlib.ExitStack() as stack:
+
+        def start(name, folder):
+            server = EARLY_SERVERS[name](folder)
+            stack.push(server)
+            server.wait_for_start()
+            return server
+
+        with concurrent.futures.ThreadPoolExecutor(1) as starter:
+            starts = {}
+            for name in EARLY_SERVERS:
+                if name in names:
+                    folder = tmp_path_factory.mktemp(name)
+                    starts[name] = starter.submit(start, name, folder)
+            yield lambda name: starts[name].result()
+            starter.shutdown(cancel_futures=True)
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(early_server):
     """One server for all tests that do not disturb each other. Nobody must stop it."""
-    folder = tmp_path_factory.mktemp("shared server")
-    with Server(folder, LOG_LEVEL="DEBUG") as server:
-        yield server
+    return early_server("shared")
 
 
 def read_table(heading):
@@ -2055,7 +2143,7 @@ def ask_on_a_socket(server, method, path, headers):
     return head.splitlines(), body
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 @pytest.mark.parametrize(
     "is_signed_in, status",
     [
@@ -2456,7 +2544,7 @@ async def test_a_route_gets_the_whole_body_once_and_then_the_disconnect():
     assert received[1] == {"type": "http.disconnect"}
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 def test_what_a_client_had_sent_when_it_left_is_not_taken_for_a_body(server):
     account = {"email": "left-early@example.com", "password": PASSWORD}
     body = json.dumps(account).encode()
@@ -2471,7 +2559,7 @@ def test_what_a_client_had_sent_when_it_left_is_not_taken_for_a_body(server):
     assert server.ask("POST", REGISTER, json=account).status_code == 201
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 def test_the_body_of_a_request_with_an_upgrade_header_is_not_taken_for_a_request(
     server, protocol
@@ -2985,7 +3073,7 @@ async def test_the_log_of_the_accounts_has_no_secrets(store, log_file):
         assert secret not in text
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 def test_no_library_logs_a_secret_at_the_level_debug(server):
     account = {"email": "debug@example.com", "password": "hunter2-hunter2"}
     headers = {"X-Request-ID": "debug-register"}
@@ -3040,7 +3128,7 @@ def test_a_record_of_uvicorn_takes_the_same_format_and_is_written_once(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 def test_a_server_writes_each_line_once_and_in_one_format(server):
     for request_id in ("first", "second"):
         headers = {"X-Request-ID": request_id}
@@ -4036,7 +4124,7 @@ async def test_calls_do_not_wait_for_the_connections_of_others(upstream):
         assert await asyncio.gather(*calls) == [1] * 101
 
 
-async def test_the_service_answers_others_while_150_calls_hang(upstream):
+async def test_the_service_answers_others_while_110_calls_hang(upstream):
     gate = asyncio.Event()
 
     async def wait_for_gate(writer):
@@ -4050,8 +4138,8 @@ async def test_the_service_answers_others_while_150_calls_hang(upstream):
         "external_deadline_seconds": 60,
     }
     async with serve_with_upstream(upstream, **settings) as client:
-        calls = [asyncio.ensure_future(client.get(DATA)) for _ in range(150)]
-        await wait_until_true(lambda: len(upstream.requests) == 150)
+        calls = [asyncio.ensure_future(client.get(DATA)) for _ in range(110)]
+        await wait_until_true(lambda: len(upstream.requests) == 110)
         assert (await client.get(ME)).status_code == 200
         assert not any(call.done() for call in calls)
         gate.set()
@@ -4080,7 +4168,8 @@ def certificates(tmp_path_factory):
         pytest.skip("the command openssl, which makes the certificates, is missing")
     folder = tmp_path_factory.mktemp("certificates")
     (folder / "config").write_text(OPENSSL_CONFIG)
-    new = "req -config config -newkey rsa:2048 -nodes"
+    key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
+    new = f"req -config config {key} -nodes"
     sign = "x509 -req -CA ca.pem -CAkey ca.key -set_serial 2 -extfile config"
     for command in (
         f"{new} -x509 -extensions authority -subj /CN=ca -keyout ca.key -out ca.pem",
@@ -5425,29 +5514,7 @@ async def test_a_connection_that_has_just_been_given_back_can_be_discarded(postg
 
 WRONG_PASSWORD = "wr0ng-one"
 NEW_PASSWORD = "n3w password"
-NO_DATABASE = "postgresql://u:hunter2@127.0.0.1:1/db"
 STATUSES_AFTER_SIGTERM = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-
-
-@pytest.fixture(scope="session")
-def early(tmp_path_factory):
-    """Start the processes that only have to end, long before a test looks at them."""
-
-    def start(*arguments, **environment):
-        folder = tmp_path_factory.mktemp("early")
-        return Server(folder, *arguments, LOG_LEVEL="ERROR", **environment)
-
-    # With the second option, uvicorn notices sooner that a worker has ended.
-    two_workers = ["--workers", "2", "--timeout-worker-healthcheck", "3"]
-    servers = {
-        "wrong setting": start(JWT_SECRET="hunter2"),
-        "no database": start(DATABASE_URL=NO_DATABASE),
-        "two workers": start(*two_workers, JWT_SECRET="hunter2"),
-    }
-    with contextlib.ExitStack() as stack:
-        for server in servers.values():
-            stack.push(server)
-        yield servers
 
 
 def walk(server):
@@ -5482,9 +5549,7 @@ def walk(server):
 
 
 @pytest.mark.process
-async def test_a_walk_on_a_real_server_leaves_no_secret_in_its_log(
-    store, tmp_path, early
-):
+async def test_a_walk_on_a_real_server_leaves_no_secret_in_its_log(store, tmp_path):
     folder = tmp_path / "with a space"
     folder.mkdir()
     settings = {"DATABASE_URL": store.url, "LOG_LEVEL": "DEBUG"}
@@ -5515,8 +5580,8 @@ def check_records(log, requests):
     assert "Shutting down" in [record["message"] for record in records]
 
 
-@pytest.mark.process
-def test_an_account_that_was_acknowledged_survives_kill_9(tmp_path):
+@pytest.mark.process("killed")
+def test_an_account_that_was_acknowledged_survives_kill_9(early_server):
     stored = []
     has_many = threading.Event()
 
@@ -5530,13 +5595,13 @@ def test_an_account_that_was_acknowledged_survives_kill_9(tmp_path):
                 if len(stored) > 20:
                     has_many.set()
 
-    with Server(tmp_path) as server:
+    with early_server("killed") as server:
         thread = threading.Thread(target=register_until_the_server_dies)
         thread.start()
         assert has_many.wait(60)
         server.process.kill()
         thread.join()
-    with contextlib.closing(sqlite3.connect(tmp_path / "service.db")) as db:
+    with contextlib.closing(sqlite3.connect(server.folder / "service.db")) as db:
         found = [email for (email,) in db.execute("SELECT email FROM users")]
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert set(stored) <= set(found) and len(found) <= len(stored) + 1
@@ -5567,22 +5632,16 @@ def raw_request(method, path, body, length=None, headers=""):
 
 
 @pytest.fixture(scope="session")
-def stopped_server(tmp_path_factory):
+def stopped_server(early_server):
     """Stop a server at a bad moment, and keep what it did then.
 
     One client waits for a slow answer, and one has sent half of its request. The log goes
     to a pipe that does not block. It is full, because nobody has read it so far.
     """
-    folder = tmp_path_factory.mktemp("stopped server")
-    hasty = "import service\nservice.BODY_SECONDS = 0.5\napp = service.app\n"
-    (folder / "hasty.py").write_text(hasty)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    server = Server(folder, app="hasty:app", output=writer, BCRYPT_ROUNDS="13")
-    os.close(writer)
+    server = early_server("hasty")
     place = ("127.0.0.1", server.port)
     stopped = types.SimpleNamespace()
-    with open(reader, "rb") as pipe, server, contextlib.ExitStack() as stack:
+    with server, contextlib.ExitStack() as stack:
         stopped.paths = fill_log(server)
         slow = stack.enter_context(socket.create_connection(place, 60))
         half = stack.enter_context(socket.create_connection(place, 60))
@@ -5592,22 +5651,24 @@ def stopped_server(tmp_path_factory):
         server.process.send_signal(signal.SIGTERM)
         stopped.slow_answer = receive_all(slow)
         stopped.half_answer = receive_all(half)
-        journal = folder / "service.db-wal"  # is gone when the database is closed
+        journal = (
+            server.folder / "service.db-wal"
+        )  # is gone when the database is closed
         while journal.exists() and server.process.poll() is None:
             time.sleep(0.01)
         time.sleep(0.2)  # even now, nobody reads the log
-        stopped.lines = pipe.read().decode().splitlines()
+        stopped.lines = server.pipe.read().decode().splitlines()
         stopped.status = server.process.wait(60)
     return stopped
 
 
-@pytest.mark.process
+@pytest.mark.process("hasty")
 def test_sigterm_answers_a_request_that_has_begun(stopped_server):
     assert stopped_server.slow_answer.startswith(b"HTTP/1.1 201 ")
     assert stopped_server.status in STATUSES_AFTER_SIGTERM
 
 
-@pytest.mark.process
+@pytest.mark.process("hasty")
 def test_half_a_request_does_not_keep_a_stopping_server_alive(stopped_server):
     assert (
         service.BODY_SECONDS == 5
@@ -5615,24 +5676,21 @@ def test_half_a_request_does_not_keep_a_stopping_server_alive(stopped_server):
     assert stopped_server.half_answer.startswith(b"HTTP/1.1 408 ")
 
 
-@pytest.mark.process
+@pytest.mark.process("hasty")
 def test_lines_that_wait_at_the_stop_are_written_whole(stopped_server):
     records = [json.loads(line) for line in stopped_server.lines]
     paths = [record.get("path", "") for record in records]
     assert [path for path in paths if "xxx" in path] == stopped_server.paths
 
 
-@pytest.mark.process
-def test_a_log_that_nobody_reads_stalls_neither_the_service_nor_its_exit(tmp_path):
-    reader, writer = os.pipe()
-    server = Server(tmp_path, output=writer)
-    os.close(writer)
-    with open(reader, "rb"), server:
+@pytest.mark.process("unread")
+def test_a_log_that_nobody_reads_stalls_neither_the_service_nor_its_exit(early_server):
+    with early_server("unread") as server:
         fill_log(server)
         assert server.stop() in STATUSES_AFTER_SIGTERM
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 @pytest.mark.parametrize("protocol", ["websocket", "h2c"])
 def test_a_request_that_asks_for_an_upgrade_is_answered_as_plain_http(server, protocol):
     headers = {"Connection": "Upgrade", "Upgrade": protocol, "X-Request-ID": "my-id"}
@@ -5650,7 +5708,7 @@ def test_a_request_that_asks_for_an_upgrade_is_answered_as_plain_http(server, pr
     assert "sekret" not in log and "Traceback" not in log
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 @pytest.mark.parametrize("protocol", ["websocket", "h2c", "anything"])
 def test_the_body_of_an_upgrade_is_not_taken_for_another_request(server, protocol):
     hidden = raw_request("GET", "/smuggled", b"")
@@ -5668,7 +5726,7 @@ def test_the_body_of_an_upgrade_is_not_taken_for_another_request(server, protoco
     assert "/smuggled" not in server.log.read_text()
 
 
-@pytest.mark.process
+@pytest.mark.process("shared")
 @pytest.mark.parametrize(
     ("scheme", "code"), [("Bearer", "invalid_token"), ("Basic", "not_authenticated")]
 )
@@ -5677,9 +5735,9 @@ def test_a_token_of_60_kilobytes_is_refused_like_any_other(server, scheme, code)
     check_problem(server.ask("GET", ME, headers=headers), 401, code)
 
 
-@pytest.mark.process
-def test_several_workers_share_secret_throttle_and_logout(tmp_path):
-    with Server(tmp_path, "--workers", "2") as server:
+@pytest.mark.process("two workers")
+def test_several_workers_share_secret_throttle_and_logout(early_server):
+    with early_server("two workers") as server:
         headers = server.sign_in()
 
         def get_me():
@@ -5700,42 +5758,46 @@ def test_several_workers_share_secret_throttle_and_logout(tmp_path):
 OLD_UVICORN = not hasattr(uvicorn.supervisors.multiprocess, "STARTUP_FAILURE")
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
-    ("start", "reason"),
+    ("name", "reason"),
     [
-        pytest.param("wrong setting", "JWT_SECRET: use 32 bytes", id="wrong setting"),
         pytest.param(
-            "no database", "DATABASE_URL: cannot use 127.0.0.1:1/db", id="no database"
+            "wrong setting",
+            "JWT_SECRET: use 32 bytes",
+            id="wrong setting",
+            marks=pytest.mark.process("wrong setting"),
+        ),
+        pytest.param(
+            "no database",
+            "DATABASE_URL: cannot use 127.0.0.1:1/db",
+            id="no database",
+            marks=pytest.mark.process("no database"),
         ),
     ],
 )
-def test_a_start_that_fails_says_why_in_one_line_and_ends_with_3(early, start, reason):
-    assert early[start].process.wait(60) == 3
-    log = early[start].log.read_text()
+def test_a_start_that_fails_says_why_in_one_line_and_ends_with_3(
+    early_server, name, reason
+):
+    server = early_server(name)
+    assert server.process.wait(60) == 3
+    log = server.log.read_text()
     assert len(re.findall(f"not started: {reason}", log)) == 1
     assert len([line for line in log.splitlines() if reason in line]) == 1
     assert "Traceback" not in log and "hunter2" not in log
 
 
-@pytest.mark.process
+@pytest.mark.process("wrong workers")
 @pytest.mark.skipif(OLD_UVICORN, reason="this uvicorn never gives up")
-def test_several_workers_with_a_wrong_setting_end_by_themselves(early):
-    early["two workers"].process.wait(60)  # or they would be started again for ever
-    log = early["two workers"].log.read_text()
+def test_several_workers_with_a_wrong_setting_end_by_themselves(early_server):
+    server = early_server("wrong workers")
+    server.process.wait(60)  # or its workers would be started again for ever
+    log = server.log.read_text()
     assert "not started: JWT_SECRET: use 32 bytes" in log
     assert "Traceback" not in log and "hunter2" not in log
 
 
-@pytest.mark.process
-def test_importing_the_service_writes_nothing(tmp_path):
-    environment = {"PYTHONPATH": str(FOLDER), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", "import service"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert list(tmp_path.iterdir()) == []
+def test_importing_the_service_writes_nothing():
+    assert WRITTEN_BY_IMPORT == []
 
 
 def without_ids_and_times(text):
@@ -5744,19 +5806,19 @@ def without_ids_and_times(text):
     return re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", text).strip()
 
 
-@pytest.mark.process
+@pytest.mark.process("readme")
 @pytest.mark.skipif(
     not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash"
 )
-def test_the_walk_of_the_readme_gives_the_answers_that_the_readme_shows(tmp_path):
+def test_the_walk_of_the_readme_gives_the_answers_that_the_readme_shows(early_server):
     text = (FOLDER / "README.md").read_text("utf-8")
     blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     steps = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", "".join(blocks), re.MULTILINE)
     script = "".join(f"{command}\necho; echo @@\n" for command, _ in steps)
     script = script.replace("sleep 31", "sleep 1.1")
-    with Server(tmp_path, BREAKER_RESET_SECONDS="1") as server:
+    with early_server("readme") as server:
         script = script.replace("http://127.0.0.1:8000", server.url)
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        environment = {"PATH": os.environ["PATH"], "HOME": str(server.folder)}
         run = subprocess.run(
             ["bash", "-c", script],
             capture_output=True,
