@@ -97,7 +97,7 @@ P = ParamSpec("P")
 # Environment variables win over the file `.env`. An empty value counts as unset.
 # To add a setting, add a field here, a line to `.env.example` and a row to the README.
 
-Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
