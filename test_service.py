@@ -6,7 +6,6 @@ PostgreSQL, too. `pytest -m "not process"` leaves out the tests that start a ser
 
 import asyncio
 import base64
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -381,6 +380,12 @@ class Server:
                 self.has_started = True
             time.sleep(0.02)
 
+    def is_starting(self):
+        """Tell whether the process neither listens nor has ended."""
+        with socket.socket() as client:
+            refused = client.connect_ex(("127.0.0.1", self.port)) != 0
+        return refused and self.process.poll() is None
+
     def __exit__(self, *_):
         self.http.close()
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -438,36 +443,57 @@ EARLY_SERVERS = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def early_server(request, tmp_path_factory):
-    """Start the servers of the chosen tests, one after another, while other tests run.
+class EarlyServers:
+    """Starts the servers that tests need, one after another, between other tests.
 
-    A test gets its server by name: `early_server("shared")`.
+    A server starts in a process of its own while the tests go on. All this happens in the
+    thread of the tests, because a test may change the environment or the clock.
     """
-    marks = [test.get_closest_marker("process") for test in request.session.items]
-    names = {mark.args[0] for mark in marks if mark and mark.args}
-    with contextlib.ExitStack() as stack:
 
-        def start(name, folder):
-            server = EARLY_SERVERS[name](folder)
-            stack.push(server)
-            server.wait_for_start()
-            return server
+    def __init__(self, names, make_folder):
+        self.waiting = names
+        self.make_folder = make_folder
+        self.starting = None
+        self.servers = {}
 
-        with concurrent.futures.ThreadPoolExecutor(1) as starter:
-            starts = {}
-            for name in EARLY_SERVERS:
-                if name in names:
-                    folder = tmp_path_factory.mktemp(name)
-                    starts[name] = starter.submit(start, name, folder)
-            yield lambda name: starts[name].result()
-            starter.shutdown(cancel_futures=True)
+    def start(self, name):
+        self.waiting.remove(name)
+        self.starting = EARLY_SERVERS[name](self.make_folder(name))
+        self.servers[name] = self.starting
+
+    def go_on(self):
+        """Start the next server, unless the last one is not ready yet."""
+        if self.waiting and not (self.starting and self.starting.is_starting()):
+            self.start(self.waiting[0])
+
+    def get(self, name):
+        """Return a server that has started, or has ended by itself."""
+        if name in self.waiting:
+            self.start(name)
+        self.servers[name].wait_for_start()
+        return self.servers[name]
 
 
 @pytest.fixture(scope="session")
-def server(early_server):
+def early_servers(request, tmp_path_factory):
+    marks = [test.get_closest_marker("process") for test in request.session.items]
+    needed = {mark.args[0] for mark in marks if mark and mark.args}
+    names = [name for name in EARLY_SERVERS if name in needed]
+    early_servers = EarlyServers(names, tmp_path_factory.mktemp)
+    yield early_servers
+    for server in early_servers.servers.values():
+        server.__exit__()
+
+
+@pytest.fixture(autouse=True)
+def next_early_server(early_servers):
+    early_servers.go_on()
+
+
+@pytest.fixture(scope="session")
+def server(early_servers):
     """One server for all tests that do not disturb each other. Nobody must stop it."""
-    return early_server("shared")
+    return early_servers.get("shared")
 
 
 def read_table(heading):
@@ -5572,7 +5598,7 @@ def check_records(log, requests):
 
 
 @pytest.mark.process("killed")
-def test_an_account_that_was_acknowledged_survives_kill_9(early_server):
+def test_an_account_that_was_acknowledged_survives_kill_9(early_servers):
     stored = []
     has_many = threading.Event()
 
@@ -5586,7 +5612,7 @@ def test_an_account_that_was_acknowledged_survives_kill_9(early_server):
                 if len(stored) > 20:
                     has_many.set()
 
-    with early_server("killed") as server:
+    with early_servers.get("killed") as server:
         thread = threading.Thread(target=register_until_the_server_dies)
         thread.start()
         assert has_many.wait(60)
@@ -5623,13 +5649,13 @@ def raw_request(method, path, body, length=None, headers=""):
 
 
 @pytest.fixture(scope="session")
-def stopped_server(early_server):
+def stopped_server(early_servers):
     """Stop a server at a bad moment, and keep what it did then.
 
     One client waits for a slow answer, and one has sent half of its request. The log goes
     to a pipe that does not block. It is full, because nobody has read it so far.
     """
-    server = early_server("hasty")
+    server = early_servers.get("hasty")
     place = ("127.0.0.1", server.port)
     stopped = types.SimpleNamespace()
     with server, contextlib.ExitStack() as stack:
@@ -5675,8 +5701,8 @@ def test_lines_that_wait_at_the_stop_are_written_whole(stopped_server):
 
 
 @pytest.mark.process("unread")
-def test_a_log_that_nobody_reads_stalls_neither_the_service_nor_its_exit(early_server):
-    with early_server("unread") as server:
+def test_a_log_that_nobody_reads_stalls_neither_the_service_nor_its_exit(early_servers):
+    with early_servers.get("unread") as server:
         fill_log(server)
         assert server.stop() in STATUSES_AFTER_SIGTERM
 
@@ -5727,8 +5753,8 @@ def test_a_token_of_60_kilobytes_is_refused_like_any_other(server, scheme, code)
 
 
 @pytest.mark.process("two workers")
-def test_several_workers_share_secret_throttle_and_logout(early_server):
-    with early_server("two workers") as server:
+def test_several_workers_share_secret_throttle_and_logout(early_servers):
+    with early_servers.get("two workers") as server:
         headers = server.sign_in()
 
         def get_me():
@@ -5767,9 +5793,9 @@ OLD_UVICORN = not hasattr(uvicorn.supervisors.multiprocess, "STARTUP_FAILURE")
     ],
 )
 def test_a_start_that_fails_says_why_in_one_line_and_ends_with_3(
-    early_server, name, reason
+    early_servers, name, reason
 ):
-    server = early_server(name)
+    server = early_servers.get(name)
     assert server.process.wait(60) == 3
     log = server.log.read_text()
     assert len(re.findall(f"not started: {reason}", log)) == 1
@@ -5779,8 +5805,8 @@ def test_a_start_that_fails_says_why_in_one_line_and_ends_with_3(
 
 @pytest.mark.process("wrong workers")
 @pytest.mark.skipif(OLD_UVICORN, reason="this uvicorn never gives up")
-def test_several_workers_with_a_wrong_setting_end_by_themselves(early_server):
-    server = early_server("wrong workers")
+def test_several_workers_with_a_wrong_setting_end_by_themselves(early_servers):
+    server = early_servers.get("wrong workers")
     server.process.wait(60)  # or its workers would be started again for ever
     log = server.log.read_text()
     assert "not started: JWT_SECRET: use 32 bytes" in log
@@ -5801,13 +5827,13 @@ def without_ids_and_times(text):
 @pytest.mark.skipif(
     not (shutil.which("curl") and shutil.which("bash")), reason="needs curl and bash"
 )
-def test_the_walk_of_the_readme_gives_the_answers_that_the_readme_shows(early_server):
+def test_the_walk_of_the_readme_gives_the_answers_that_the_readme_shows(early_servers):
     text = (FOLDER / "README.md").read_text("utf-8")
     blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     steps = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", "".join(blocks), re.MULTILINE)
     script = "".join(f"{command}\necho; echo @@\n" for command, _ in steps)
     script = script.replace("sleep 31", "sleep 1.1")
-    with early_server("readme") as server:
+    with early_servers.get("readme") as server:
         script = script.replace("http://127.0.0.1:8000", server.url)
         environment = {"PATH": os.environ["PATH"], "HOME": str(server.folder)}
         run = subprocess.run(
