@@ -525,6 +525,8 @@ async def handle_http_exception(request: Request, error: HTTPException) -> Respo
     answer.status = error.status_code
     answer.code = re.sub("[^a-z]+", "_", title.lower())
     answer.headers = dict(error.headers or {})
+    if answer.headers.get("Allow") == "GET":
+        answer.headers["Allow"] = "GET, HEAD"  # RequestContext adds HEAD
     if answer.code in ERRORS and error.detail == title:  # nobody wrote a detail
         answer.detail = ERRORS[answer.code][1]
     return problem_response(answer)
@@ -556,7 +558,8 @@ def problems(*codes: str) -> dict[Union[int, str], dict[str, Any]]:
 # Raw SQL through `databases`: one method for each statement, with typed arguments and a
 # typed result. No transaction spans two statements, and constraints enforce the rules.
 # To add a statement, copy `find_login` (a row) or `insert_user` (a write). For many
-# rows, use `fetch_all`.
+# rows, use `fetch_all`. The SQL of a write names its values (:email). The SQL of a read
+# numbers them ($1), because a read asks the driver directly, which costs much less.
 #
 # SQLite has two connections, one for reads and one for writes, so that reads go on
 # while a write waits for a lock. PostgreSQL has a pool. At first reading, skip what
@@ -655,6 +658,21 @@ async def interrupt_sqlite(connection: Connection) -> None:
     await connection.raw_connection.interrupt()
 
 
+async def read_rows(
+    connection: Connection, sql: str, values: Sequence[object]
+) -> list[dict[str, Any]]:
+    """Return all rows. $1 stands for the first value, because both drivers know that.
+
+    On SQLite, this takes one trip to its thread. `databases` would take three, and an
+    open cursor between them would hide new writes from other reads.
+    """
+    driver = connection.raw_connection
+    if isinstance(driver, aiosqlite.Connection):
+        numbered = {str(number): value for number, value in enumerate(values, 1)}
+        return [dict(row) for row in await driver.execute_fetchall(sql, numbered)]
+    return [dict(row) for row in await driver.fetch(sql, *values)]
+
+
 class Database:
     """The statements of the service.
 
@@ -723,19 +741,19 @@ class Database:
         logger.warning("database_unavailable: %s", kind)
         raise ServiceError("database_unavailable")
 
-    async def fetch_one(
-        self, row_type: RowType[T], sql: str, /, **values: object
-    ) -> Optional[T]:
-        """Read the first row. Its columns have the names of the row type's fields."""
-        record = await self.run(self.reader, lambda c: c.fetch_one(sql, values))
-        return row_type(**record._mapping) if record else None
-
     async def fetch_all(
-        self, row_type: RowType[T], sql: str, /, **values: object
+        self, row_type: RowType[T], sql: str, *values: object
     ) -> list[T]:
-        """Read all rows."""
-        records = await self.run(self.reader, lambda c: c.fetch_all(sql, values))
-        return [row_type(**record._mapping) for record in records]
+        """Read all rows. Their columns have the names of the row type's fields."""
+        rows = await self.run(self.reader, lambda c: read_rows(c, sql, values))
+        return [row_type(**row) for row in rows]
+
+    async def fetch_one(
+        self, row_type: RowType[T], sql: str, *values: object
+    ) -> Optional[T]:
+        """Read the only row, or None."""
+        rows = await self.fetch_all(row_type, sql, *values)
+        return rows[0] if rows else None
 
     async def write(
         self, row_type: RowType[T], sql: str, /, **values: object
@@ -763,26 +781,13 @@ class Database:
     async def find_login(self, email: str) -> Optional[Login]:
         sql = """
             SELECT id AS user_id, password_hash, token_version
-            FROM users WHERE email = :email"""
-        return await self.fetch_one(Login, sql, email=email)
+            FROM users WHERE email = $1"""
+        return await self.fetch_one(Login, sql, email)
 
     async def find_user(self, user_id: str) -> Optional[User]:
-        """Find the user of a token. Every protected request needs this.
-
-        So it asks the driver directly, which takes one trip to SQLite's thread instead
-        of three. `$1` is good for both drivers. The columns have the order of User's
-        fields.
-        """
+        """Find the user of a token."""
         sql = "SELECT id, email, token_version, created_at FROM users WHERE id = $1"
-
-        async def ask_driver(connection: Connection) -> list[Sequence[Any]]:
-            driver = connection.raw_connection
-            if isinstance(driver, aiosqlite.Connection):
-                return list(await driver.execute_fetchall(sql, {"1": user_id}))
-            return list(await driver.fetch(sql, user_id))
-
-        rows = await self.run(self.reader, ask_driver)
-        return User(*rows[0]) if rows else None
+        return await self.fetch_one(User, sql, user_id)
 
     async def renew_hash(self, login: Login, new_hash: str) -> None:
         """Store another hash of the same password, if `login` is still up to date."""
@@ -917,12 +922,17 @@ async def migrate(connection: Connection, begin_and_lock: str) -> None:
             raise StartError(f"{place}: {first_line(error)}") from None
 
 
-async def hold_connection(
+async def open_connection(
     url: databases.DatabaseURL, timeout: float, stack: AsyncExitStack
-) -> Borrow:
-    """Open a connection to SQLite, which is lent to one statement at a time."""
+) -> Connection:
     driver = databases.Database(url, timeout=timeout)  # seconds to wait for a lock
     connection = await stack.enter_async_context(driver.connection())
+    connection.raw_connection.row_factory = sqlite3.Row  # a row knows its columns
+    return connection
+
+
+def lend_to_one(connection: Connection) -> Borrow:
+    """Lend a connection to SQLite to one statement at a time."""
     lock = asyncio.Lock()
 
     @asynccontextmanager
@@ -933,13 +943,23 @@ async def hold_connection(
     return borrow
 
 
+def lend_to_many(connection: Connection) -> Borrow:
+    """Lend a connection to SQLite to many reads. Its thread runs one after another."""
+
+    @asynccontextmanager
+    async def borrow() -> AsyncIterator[Connection]:
+        yield connection
+
+    return borrow
+
+
 async def open_sqlite(
     url: databases.DatabaseURL, timeout: float, stack: AsyncExitStack
 ) -> Database:
     is_in_memory = url.database == ":memory:"
     if not is_in_memory:
         Path(url.database).touch(mode=0o600)  # only its owner may read it
-    writer = await hold_connection(url, timeout, stack)
+    writer = lend_to_one(await open_connection(url, timeout, stack))
     # When several workers switch to WAL at once, SQLite does not wait for the lock.
     retry_while_locked = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_message(message="database is locked"),
@@ -954,7 +974,8 @@ async def open_sqlite(
         await connection.fetch_one("PRAGMA foreign_keys = ON")
     if is_in_memory:  # another connection would have another database
         return Database(writer, writer, timeout)
-    return Database(await hold_connection(url, timeout, stack), writer, timeout)
+    reader = lend_to_many(await open_connection(url, timeout, stack))
+    return Database(reader, writer, timeout)
 
 
 async def leave_session(connection: object) -> None:
@@ -1470,9 +1491,12 @@ BODY_SECONDS = 5  # for a whole body to arrive
 
 
 def client_address(scope: Scope) -> str:
-    """Behind a proxy, uvicorn needs `--forwarded-allow-ips` to know the address."""
+    """Behind a proxy, uvicorn needs `--forwarded-allow-ips` to know the address.
+
+    uvicorn does not check what the proxy says, so an address can have any length.
+    """
     client = scope.get("client")
-    return client[0] if client else "-"
+    return client[0][:64] if client else "-"
 
 
 def choose_request_id(headers: Headers) -> str:
@@ -1502,7 +1526,8 @@ class RequestContext:
         request_id = choose_request_id(sent_headers)
         current_request_id.set(request_id)
         is_head = scope["method"] == "HEAD"
-        asks_upgrade = "upgrade" in sent_headers and scope["http_version"] < "2"
+        asks_upgrade = "upgrade" in sent_headers or scope["method"] == "CONNECT"
+        is_binary = scope["http_version"] in ("2", "3")  # "2.0" is text that lies
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -1511,7 +1536,8 @@ class RequestContext:
                 headers = MutableHeaders(raw=list(message.get("headers", [])))
                 headers["X-Request-ID"] = request_id
                 headers.setdefault("Cache-Control", "no-store")
-                if asks_upgrade:  # or uvicorn parses the body as the next request
+                if asks_upgrade and not is_binary:
+                    # uvicorn would parse the body as the next request.
                     headers["Connection"] = "close"
                 message = {**message, "headers": headers.raw}
             elif is_head:
