@@ -6051,8 +6051,8 @@ def flood_of_logins(server, accounts):
 def measure_requests(bare, server, headers, rounds=5):
     """Return how many times the CPU of the bare route each kind of request takes."""
     kinds = {
-        f"CPU of {name}, {connections} connections": (path, connections)
-        for connections in (16, 1)
+        f"CPU of {name}, {words}": (path, connections)
+        for connections, words in ((16, "16 connections"), (1, "one connection"))
         for name, path in (("GET me", ME), ("an open circuit", DATA))
     }
     ratios = {kind: [] for kind in kinds}
