@@ -944,7 +944,10 @@ def lend_to_one(connection: Connection) -> Borrow:
 
 
 def lend_to_many(connection: Connection) -> Borrow:
-    """Lend a connection to SQLite to many reads. Its thread runs one after another."""
+    """Lend a connection to SQLite to many reads. Its thread runs them in their order.
+
+    So a read that times out is the one that runs, and `interrupt_sqlite` ends it.
+    """
 
     @asynccontextmanager
     async def borrow() -> AsyncIterator[Connection]:

@@ -3372,21 +3372,24 @@ async def test_live_and_ready_say_ok(sqlite_client):
 
 
 async def test_ready_asks_sqlite_and_live_does_not(sqlite, caplog):
+    may_end = threading.Event()
     async with serve(sqlite) as client:
         db = client.services.db
-        db.timeout = 0.05
         async with db.reader() as connection:
             driver = connection.raw_connection
-            await driver.create_function("sleep", 1, time.sleep)
-            reading = driver.execute_fetchall("SELECT sleep(0.4)")
-            other = asyncio.create_task(reading)  # ready must wait until it ends
-            await asyncio.sleep(0)
+        await driver.create_function("wait", 0, lambda: may_end.wait(30))
+        reading = driver.execute_fetchall("SELECT wait()")
+        other = asyncio.create_task(reading)  # ready must wait until this read ends
+        await asyncio.sleep(0)
+        db.timeout = 0.05
+        try:
             answer = await client.get("/health/ready")
             check_problem(answer, 503, "database_unavailable")
             assert (await client.get("/health/live")).status_code == 200
-            assert not other.done()
-            with contextlib.suppress(sqlite3.OperationalError):  # interrupted
-                await other
+        finally:
+            may_end.set()
+        with contextlib.suppress(sqlite3.OperationalError):  # interrupted
+            await other
         db.timeout = 5
         assert (await client.get("/health/ready")).status_code == 200
     assert "database_unavailable: TimeoutError" in caplog.text
