@@ -1509,6 +1509,15 @@ def choose_request_id(headers: Headers) -> str:
     return sent_id if is_safe else secrets.token_hex(16)
 
 
+def asks_upgrade(scope: Scope, headers: Headers) -> bool:
+    """Whether uvicorn would take the body of this request for the next request.
+
+    HTTP/2 and HTTP/3 know no upgrade. The version "2.0" is HTTP/1 with a wrong number.
+    """
+    asks = "upgrade" in headers or scope["method"] == "CONNECT"
+    return asks and scope["http_version"] not in ("2", "3")
+
+
 class RequestContext:
     """Gives a request its id and its line in the log, and answers what nobody else did.
 
@@ -1529,8 +1538,7 @@ class RequestContext:
         request_id = choose_request_id(sent_headers)
         current_request_id.set(request_id)
         is_head = scope["method"] == "HEAD"
-        asks_upgrade = "upgrade" in sent_headers or scope["method"] == "CONNECT"
-        is_binary = scope["http_version"] in ("2", "3")  # "2.0" is text that lies
+        must_close = asks_upgrade(scope, sent_headers)
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -1539,8 +1547,7 @@ class RequestContext:
                 headers = MutableHeaders(raw=list(message.get("headers", [])))
                 headers["X-Request-ID"] = request_id
                 headers.setdefault("Cache-Control", "no-store")
-                if asks_upgrade and not is_binary:
-                    # uvicorn would parse the body as the next request.
+                if must_close:
                     headers["Connection"] = "close"
                 message = {**message, "headers": headers.raw}
             elif is_head:
