@@ -25,9 +25,9 @@ CREATE TABLE users (
 
 -- migration 2: login attempts
 -- One row for each email and address that tries to log in, and one row with the address '*'
--- for all addresses together. An attempt is counted before the password is checked, and
--- taken back if the password was right. So the number is that of the failed attempts, plus
--- the attempts that are being checked now.
+-- for all addresses together. An attempt is counted before the password is checked. If the
+-- password is right, the row of the address goes back to 0, and the row '*' goes down by
+-- one.
 CREATE TABLE login_attempts (
     email           TEXT   NOT NULL,             -- in lower case; it need not have an account
     address         TEXT   NOT NULL,             -- of the client, or '*'

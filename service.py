@@ -366,9 +366,11 @@ def log_event(
 #         ValidationError       the request does not have the right form
 #         ExternalServiceError  the external API failed
 #
-# Code raises a ServiceError by its code. Only this section turns errors into answers,
-# which all have the shape of RFC 9457. To add an error, add a line to ERRORS, raise it,
-# and name its code in the `responses=problems(...)` of the route.
+# To report an error, raise a ServiceError with one of the codes in ERRORS. The function
+# problem_response builds every answer, in the shape of RFC 9457. The handlers of this
+# section send it for routes, and RequestContext sends it for middleware and for bugs.
+# To add an error, add a line to ERRORS, raise it, and name its code in the
+# `responses=problems(...)` of the route.
 
 PROBLEM_JSON = "application/problem+json"
 UNREADABLE_BODY = "There was an error parsing the body"  # as FastAPI says
@@ -925,8 +927,8 @@ async def migrate(connection: Connection, begin_and_lock: str) -> None:
 async def open_connection(
     url: databases.DatabaseURL, timeout: float, stack: AsyncExitStack
 ) -> Connection:
-    driver = databases.Database(url, timeout=timeout)  # seconds to wait for a lock
-    connection = await stack.enter_async_context(driver.connection())
+    database = databases.Database(url, timeout=timeout)  # seconds to wait for a lock
+    connection = await stack.enter_async_context(database.connection())
     connection.raw_connection.row_factory = sqlite3.Row  # a row knows its columns
     return connection
 
@@ -1236,8 +1238,8 @@ class ExternalClient:
     async def get(self, deadline: float) -> JsonValue:
         """Make one attempt, which ends before the deadline (by time.monotonic()).
 
-        Raises ExternalServiceError. The log gets a reason, but nothing that the API
-        sent.
+        Raises ExternalServiceError; if the status is no success, `check_status` has
+        raised it. The log gets a reason, but nothing that the API sent.
         """
         timeout = self.settings.external_timeout_seconds
         headers = {
@@ -1384,14 +1386,15 @@ class Accounts:
         """Return the account, or None if the email or the password is wrong.
 
         An attempt counts as a failure from its start, so that many at the same time
-        cannot pass the limit together. A success takes it back. Raises ServiceError
-        `too_many_attempts` or `overloaded`.
+        cannot pass the limit together. A success clears the count of its address, and
+        takes itself back from the total. Raises ServiceError `too_many_attempts` or
+        `overloaded`.
         """
         login = await self.db.find_login(email)
         user_id = login.user_id if login else None
         stored_hash = login.password_hash if login else None
         with self.passwords.take_place():  # before the count: overloaded is no failure
-            await self.refuse_if_too_many(email, address, user_id)
+            await self.count_or_refuse(email, address, user_id)
             is_right = await self.passwords.verify(password, stored_hash)
         if login is None or not is_right:
             log_event("login_failed", user_id, level=logging.WARNING)
@@ -1399,7 +1402,7 @@ class Accounts:
         await self.db.forgive_attempts(email, address)
         return login
 
-    async def refuse_if_too_many(
+    async def count_or_refuse(
         self, email: str, address: str, user_id: Optional[str]
     ) -> None:
         """Count an attempt. Raises ServiceError `too_many_attempts` above a limit.
@@ -1411,7 +1414,7 @@ class Accounts:
             now = int(time.time())
             ends_at = now + self.window_seconds
             counted = await self.db.count_attempt(email, source, now, ends_at)
-            if counted.attempts == 1:  # a window begins: a good moment to tidy up
+            if counted.window_ends_at == ends_at:  # it begins: a good time to tidy up
                 await self.db.delete_ended_windows(now)
             if counted.attempts > limit:
                 log_event("login_throttled", user_id, level=logging.WARNING)
@@ -1494,9 +1497,10 @@ BODY_SECONDS = 5  # for a whole body to arrive
 
 
 def client_address(scope: Scope) -> str:
-    """Behind a proxy, uvicorn needs `--forwarded-allow-ips` to know the address.
+    """Return the address of the client, or "-" if there is none (on a Unix socket).
 
-    uvicorn does not check what the proxy says, so an address can have any length.
+    Behind a proxy, uvicorn needs `--forwarded-allow-ips` to know the address. It does
+    not check what the proxy says, so we cut the address to 64 characters.
     """
     client = scope.get("client")
     return client[0][:64] if client else "-"
@@ -1633,9 +1637,10 @@ class BodyLimit:
 class TokenCheck:
     """Lets a request pass only with a valid token, unless its path is public.
 
-    A dependency would come too late: with a bad token, an unknown path would be 404,
-    and a broken body 422. So this finds the user, and `CurrentUser` hands it to the
-    route. In a test that replaces dependencies, it still needs a real token.
+    A dependency would come too late: a bad token would get 404 on an unknown path, and
+    422 with a broken body, instead of 401. So this middleware finds the user, and
+    `CurrentUser` hands the user to the route. A test that replaces dependencies still
+    needs a real token. Without any token, an unknown path is 404 (see `check`).
     """
 
     def __init__(self, app: ASGIApp, public_routes: Sequence[BaseRoute]) -> None:
@@ -1680,8 +1685,11 @@ class TokenCheck:
 # 8 Routes
 #
 # A route checks its input by a model, uses the services, and returns a model. To add
-# one, write the models and the function, and name the errors that it can give. The
-# routes of PUBLIC_ROUTERS need no token; all others do.
+# one, write the models and the function, and name the errors that it can give.
+#
+# Every route needs a token, unless its router is one of PUBLIC_ROUTERS. A route that
+# needs one must ask for `CurrentUser`, or /docs shows it as public. `create_app` needs
+# the name of each new router. TokenCheck does not protect WebSocket routes.
 
 BODY_ERRORS = ("request_timeout", "body_too_large", "invalid_request")
 PASSWORD_ERRORS = ("database_unavailable", "overloaded")
@@ -1735,7 +1743,7 @@ CurrentUser = Annotated[User, Security(token_user)]
 
 # ---- emails and passwords ----
 
-MIN_PASSWORD_LENGTH = 8  # NIST SP 800-63B asks for 15 if there is no second factor
+MIN_PASSWORD_LENGTH = 8  # as ASVS 6.2.1; NIST SP 800-63B asks for 15 without MFA
 MAX_PASSWORD_LENGTH = 128
 
 # We check the syntax only. The library also refuses names such as ada@host.local, and
@@ -1756,9 +1764,12 @@ def normalise_email(value: str) -> str:
 
 
 def normalise_password(value: object) -> object:
-    """Make a composed and a decomposed letter the same (NFC). Refuse half a letter."""
-    # NFC shrinks a text to a quarter at most. Without this limit, 64 kB of accents
-    # would block the service for seconds.
+    """Make a composed and a decomposed letter the same (NFC).
+
+    Refuse a surrogate, because UTF-8 cannot encode it.
+    """
+    # NFC can make a text four times shorter, but no more. So a longer one is too long
+    # anyway, and 64 kB of accents would keep NFC busy for seconds.
     if isinstance(value, str) and len(value) <= 4 * MAX_PASSWORD_LENGTH:
         value = unicodedata.normalize("NFC", value)
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):

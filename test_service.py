@@ -1571,6 +1571,20 @@ async def test_windows_that_have_ended_are_removed(client, store, monkeypatch):
     assert emails == [(EMAIL,), ("carol@example.com",)]
 
 
+async def test_only_a_new_window_costs_the_removal_of_ended_ones(
+    client, store, monkeypatch
+):
+    set_clock(monkeypatch, BEGIN)
+    await fail_logins(client, 1, email="bob@example.com")
+    set_clock(monkeypatch, BEGIN + 299)
+    await client.post(REGISTER, json=ADA)
+    await client.post(LOGIN, json=ADA)
+    set_clock(monkeypatch, BEGIN + 300)
+    await client.post(LOGIN, json=ADA)
+    emails = await store.sql("SELECT DISTINCT email FROM login_attempts ORDER BY email")
+    assert emails == [(EMAIL,), ("bob@example.com",)]
+
+
 async def test_all_addresses_together_have_ten_times_the_limit(store):
     async with serve(store, login_max_failures=2) as client:
         await client.post(REGISTER, json=ADA)
