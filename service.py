@@ -392,7 +392,10 @@ ERRORS = {
     "internal_error": (500, "This is a bug. Quote the request id to report it."),
     "external_service_error": (502, "The external service failed. Try again later."),
     "circuit_open": (503, "The external service keeps failing. See Retry-After."),
-    "database_unavailable": (503, "No answer. Check whether a change was made."),
+    "database_unavailable": (
+        503,
+        "The database cannot answer. A change may have been made or not.",
+    ),
     "overloaded": (503, "Too many passwords wait to be checked. Try again."),
     "external_timeout": (504, "The external service did not answer in time."),
 }
@@ -464,7 +467,7 @@ class ServiceError(Exception):
 
 
 class AuthError(ServiceError):
-    """The client has not shown who it is: no token, a bad token, a wrong password."""
+    """The client has not shown who it is, or it may not do this."""
 
 
 class ValidationError(ServiceError):
@@ -915,6 +918,7 @@ async def migrate(connection: Connection, begin_and_lock: str) -> None:
             continue
         try:
             await run_script(f"{begin_and_lock}; {insert_mark}; {script}\n; COMMIT")
+            logger.info("schema.sql: migration %s has run: %s", number, name)
         except DRIVER_ERRORS as error:
             with suppress(*DRIVER_ERRORS):
                 await driver.execute("ROLLBACK")

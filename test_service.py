@@ -3512,7 +3512,7 @@ def test_every_operation_has_a_short_name(document):
         for method, operation in methods.items()
     }
     expected = {(name, *place[:2]) for name, place in OPERATIONS.items()}
-    assert found == expected
+    assert found == expected, "OPERATIONS needs an entry for each route"
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
@@ -3522,7 +3522,8 @@ def test_an_operation_names_exactly_the_errors_that_it_can_give(document, operat
     for _, content in read_errors(operation):
         codes += content["application/problem+json"]["examples"]
     assert len(codes) == len(set(codes))
-    assert set(codes) == {"internal_error", *ERROR_CODES[operation_id]}
+    expected = {"internal_error", *ERROR_CODES[operation_id]}
+    assert set(codes) == expected, "problems() of the route and ERROR_CODES differ"
 
 
 @pytest.mark.parametrize("operation_id", OPERATIONS)
@@ -4855,6 +4856,16 @@ async def test_a_new_migration_runs_once_and_old_data_stays(store, extend_schema
     assert marks == [(number,) for number in range(1, LAST_MIGRATION + 2)]
 
 
+async def test_the_log_names_a_migration_that_has_run(store, extend_schema, caplog):
+    await start_and_stop(store)
+    number = LAST_MIGRATION + 1
+    extend_schema(section(number, "CREATE TABLE scrap (t TEXT);"))
+    caplog.clear()
+    await start_and_stop(store)
+    found = [text for text in caplog.messages if "migration" in text]
+    assert found == [f"schema.sql: migration {number} has run: part {number}"]
+
+
 @pytest.mark.parametrize(
     "heading", ["-- migration {}", "--Migration {}: scrap", "--  MIGRATION {}:"]
 )
@@ -5905,7 +5916,8 @@ async def test_every_operation_needs_a_token_unless_it_is_listed_as_public(sqlit
             if answer.status_code != 401:
                 open_ones.add(call)
             assert bool(operation["security"]) == (answer.status_code == 401), call
-    assert open_ones == PUBLIC_OPERATIONS and len(operations) > len(open_ones)
+    assert open_ones == PUBLIC_OPERATIONS, "it needs an entry for each public route"
+    assert len(operations) > len(open_ones)
 
 
 def list_defaults():
