@@ -2980,6 +2980,13 @@ async def test_a_request_leaves_one_access_record(sqlite, log_file):
     assert "hunter2" not in log_file.text()
 
 
+def test_the_duration_of_a_request_is_in_milliseconds(caplog):
+    caplog.set_level(logging.INFO, "service")
+    scope = {"method": "GET", "path": "/health/live"}
+    service.log_access(scope, 200, 1.23456, None)
+    assert caplog.messages == ["GET /health/live 200 1234.56 ms"]
+
+
 @pytest.fixture
 def far_from_utc(monkeypatch):
     monkeypatch.setenv("TZ", "FAR-14")  # 14 hours ahead
@@ -3304,6 +3311,7 @@ def test_what_finds_no_room_is_dropped_counted_and_reported_once(log_pipe):
         configure_log("text")
         log_pipe.stall()
         room = service.log_queue.maxsize
+        assert room == 10_000  # as README.md says
         for number in range(room + 7):
             service.logger.info("line %d.", number)
         text = log_pipe.read()
