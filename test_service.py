@@ -1648,9 +1648,11 @@ async def test_the_forwarded_for_header_of_a_stranger_does_not_change_the_addres
     assert await fail_logins(client, 1, headers=stranger) == [429]
 
 
-async def test_an_address_that_a_proxy_made_up_can_have_any_length(client):
+async def test_an_address_that_a_proxy_made_up_is_cut_to_64_characters(client, store):
     address = secrets.token_hex(4000)  # PostgreSQL's index takes 2,700 bytes
     assert await log_in_from(client, address, PASSWORD) == 401
+    rows = await store.sql("SELECT address FROM login_attempts")
+    assert set(rows) == {("*",), (address[:64],)}
 
 
 async def test_a_password_change_counts_in_the_throttle_of_logins(client, headers):
@@ -1968,6 +1970,8 @@ async def test_development_keeps_its_secret_in_the_database(store):
         headers = await sign_in(client)
     async with serve(store, **development) as client:
         assert (await client.get(ME, headers=headers)).status_code == 200
+    [(secret,)] = await store.sql("SELECT value FROM secrets")
+    assert len(bytes.fromhex(secret)) == 32  # as long as the hash, see RFC 7518, 3.2
 
 
 async def test_development_warns_that_it_made_up_a_secret(memory, caplog):
@@ -5263,6 +5267,13 @@ async def test_a_sqlite_that_takes_no_writes_is_503_and_heals(
             await connection.fetch_one(f"PRAGMA {well}")
         assert (await client.post(REGISTER, json=accounts[-1])).status_code == 201
     assert "database_unavailable: OperationalError" in caplog.text
+
+
+async def test_postgresql_waits_for_a_lock_no_longer_than_the_setting_says(postgres):
+    async with serve(postgres, database_timeout_seconds=2.5) as client:
+        sql = "SELECT current_setting('lock_timeout') AS lock_timeout"
+        row = await client.services.db.fetch_one(service.AnyRow, sql)
+    assert row == {"lock_timeout": "2500ms"}
 
 
 async def test_a_read_that_waits_too_long_for_a_connection_is_503(postgres, caplog):
