@@ -952,7 +952,7 @@ def lend_to_one(connection: Connection) -> Borrow:
 def lend_to_many(connection: Connection) -> Borrow:
     """Lend a connection to SQLite to many reads. Its thread runs them in their order.
 
-    So a read that times out is the one that runs, and `interrupt_sqlite` ends it.
+    `interrupt_sqlite` ends the read that runs. Reads that wait behind it run later.
     """
 
     @asynccontextmanager
@@ -1691,9 +1691,10 @@ class TokenCheck:
 # A route checks its input by a model, uses the services, and returns a model. To add
 # one, write the models and the function, and name the errors that it can give.
 #
-# Every route needs a token, unless its router is one of PUBLIC_ROUTERS. A route that
-# needs one must ask for `CurrentUser`, or /docs shows it as public. `create_app` needs
-# the name of each new router. TokenCheck does not protect WebSocket routes.
+# Every route needs a token, unless a router of PUBLIC_ROUTERS has its path, with this
+# or another method. A route that needs one must ask for `CurrentUser`, or /docs shows
+# it as public. `create_app` needs the name of each new router. TokenCheck does not
+# protect WebSocket routes.
 
 BODY_ERRORS = ("request_timeout", "body_too_large", "invalid_request")
 PASSWORD_ERRORS = ("database_unavailable", "overloaded")
