@@ -193,10 +193,11 @@ def load_settings() -> Settings:
 # ======================================================================================
 # 2 Logging
 #
-# Every record goes through one queue to one thread. Only that thread waits for the
-# reader of stdout. So a reader that stalls never stalls the service: when the queue is
-# full, new records are dropped and counted. To log something, call `logger.info(...)`,
-# or `log_event` for an event that has a name. At first reading, skip the classes.
+# Every record goes through one queue to one thread, which writes it to stdout. Stdout
+# has a reader: a terminal, Docker or a file. If the reader stalls, only that thread
+# waits, and the service goes on. When the queue is full, new records are dropped and
+# counted. To log something, call `logger.info(...)`, or `log_event` for an event that
+# has a name. At first reading, skip the classes.
 
 logger = logging.getLogger("service")
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
@@ -250,6 +251,51 @@ class TextFormatter(logging.Formatter):
 log_queue: "queue.Queue[bytes]" = queue.Queue(MAX_WAITING_LINES)
 
 
+class StdoutListener(logging.handlers.QueueListener):
+    """The thread that writes. It runs until the process ends."""
+
+    process_id = 0  # of the process in which it runs
+
+    @classmethod
+    def start_once(cls) -> None:
+        """Start it in this process. A child that was forked has no thread so far."""
+        if cls.process_id != os.getpid():
+            cls.process_id = os.getpid()
+            cls(log_queue).start()
+
+    def dequeue(self, block: bool) -> Any:
+        """Wait a little first, so that the thread wakes up once for many lines."""
+        if log_queue.empty():
+            time.sleep(0.01)
+        return log_queue.get(block)
+
+    def handle(self, record: Any) -> None:
+        # print() would take a lock. If the reader stalls, Python would wait for this
+        # lock at its exit.
+        line: bytes = record
+        while line:
+            try:
+                line = line[os.write(STDOUT, line) :]
+            except BlockingIOError:  # under some supervisors
+                time.sleep(0.01)
+            except OSError:  # the reader has gone away
+                return
+
+
+def wait_until_log_is_written() -> None:
+    """Wait for the lines so far, but no longer than a second.
+
+    SIGTERM ends the process at once after the lifespan, so the log may lack the last
+    two lines of uvicorn.
+    """
+    deadline = time.monotonic() + 1
+    while log_queue.unfinished_tasks and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+atexit.register(wait_until_log_is_written)
+
+
 class LogQueueHandler(logging.handlers.QueueHandler):
     """Hands a record as a finished line to the thread that writes. It never waits."""
 
@@ -260,6 +306,7 @@ class LogQueueHandler(logging.handlers.QueueHandler):
 
     def enqueue(self, record: Any) -> None:
         """`record` is the line that `prepare` has returned."""
+        StdoutListener.start_once()
         try:
             log_queue.put_nowait(record)
         except queue.Full:
@@ -279,50 +326,6 @@ class LogQueueHandler(logging.handlers.QueueHandler):
     def report(self, message: str) -> None:
         values = {"name": logger.name, "levelname": "WARNING", "msg": message}
         self.handle(logging.makeLogRecord(values))
-
-
-class StdoutListener(logging.handlers.QueueListener):
-    """The thread that writes. It runs until the process ends.
-
-    SIGTERM ends the process at once after the lifespan, so the log may lack the last
-    two lines of uvicorn.
-    """
-
-    is_running = False
-
-    def start(self) -> None:
-        """Start once per process. No thread survives a fork, so not at import."""
-        if not self.is_running:
-            self.is_running = True
-            super().start()
-
-    def dequeue(self, block: bool) -> Any:
-        """Wait a little first, so that the thread wakes up once for many lines."""
-        if log_queue.empty():
-            time.sleep(0.01)
-        return log_queue.get(block)
-
-    def handle(self, record: Any) -> None:
-        # print() would not do: Python would wait for its lock at exit, if a reader
-        # stalls.
-        line: bytes = record
-        while line:
-            try:
-                line = line[os.write(STDOUT, line) :]
-            except BlockingIOError:  # under some supervisors
-                time.sleep(0.01)
-            except OSError:  # the reader has gone away
-                return
-
-    def wait_until_written(self) -> None:
-        """Wait for the lines so far, but no longer than a second."""
-        deadline = time.monotonic() + 1
-        while log_queue.unfinished_tasks and time.monotonic() < deadline:
-            time.sleep(0.002)
-
-
-log_listener = StdoutListener(log_queue)
-atexit.register(log_listener.wait_until_written)
 
 
 def configure_logging(settings: Settings) -> None:
@@ -373,6 +376,7 @@ def log_event(
 # `responses=problems(...)` of the route.
 
 PROBLEM_JSON = "application/problem+json"
+METHODS = ("DELETE", "GET", "OPTIONS", "PATCH", "POST", "PUT")
 UNREADABLE_BODY = "There was an error parsing the body"  # as FastAPI says
 
 # Each code has a status, and a text that tells people what to do next.
@@ -400,12 +404,14 @@ ERRORS = {
     "external_timeout": (504, "The external service did not answer in time."),
 }
 
-# The phrases of RFC 9110. Python knows the last four since 3.13 only.
-TITLES = {status.value: status.phrase for status in HTTPStatus}
-TITLES[413] = "Content Too Large"
-TITLES[414] = "URI Too Long"
-TITLES[416] = "Range Not Satisfiable"
-TITLES[422] = "Unprocessable Content"
+PHRASES = {status.value: status.phrase for status in HTTPStatus}
+TITLES = {  # the phrases of RFC 9110; Python knows these four since 3.13 only
+    **PHRASES,
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
 
 
 class FieldError(BaseModel):
@@ -417,7 +423,7 @@ class FieldError(BaseModel):
 
 
 def leave_out_default(schema: dict[str, Any]) -> None:
-    """The service does not send null, but leaves out the field."""
+    """Remove the default null: the service leaves out the field instead."""
     schema.pop("default")
 
 
@@ -497,6 +503,13 @@ def problem_response(error: ServiceError) -> Response:
     return response
 
 
+def has_route(scope: Scope, method: str) -> bool:
+    """Whether a route has the path of the request, with this method."""
+    asked = {**scope, "method": method}
+    routes: list[BaseRoute] = scope["app"].routes
+    return any(route.matches(asked)[0] is Match.FULL for route in routes)
+
+
 async def handle_service_error(request: Request, error: ServiceError) -> Response:
     return problem_response(error)
 
@@ -519,6 +532,7 @@ async def handle_http_exception(request: Request, error: HTTPException) -> Respo
     """Answer what FastAPI raises (404, 405), and what a route raises as HTTPException.
 
     Status, detail and headers stay. The code comes from the status: 403 is `forbidden`.
+    Without a detail, the title is the detail.
     """
     if error.detail == UNREADABLE_BODY:
         mistake = FieldError(loc=["body"], msg="This is not JSON.", type="json_invalid")
@@ -526,14 +540,18 @@ async def handle_http_exception(request: Request, error: HTTPException) -> Respo
     if not is_body_allowed_for_status_code(error.status_code):
         return Response(status_code=error.status_code, headers=error.headers)
     title = TITLES.get(error.status_code, "Error")
-    answer = ServiceError("internal_error", str(error.detail))
+    code = re.sub("[^a-z]+", "_", title.lower())
+    detail = str(error.detail)
+    if detail in ("", PHRASES.get(error.status_code)):  # nobody wrote a detail
+        detail = ERRORS[code][1] if error.status_code in (404, 405) else title
+    answer = ServiceError("internal_error", detail)
+    answer.code = code
     answer.status = error.status_code
-    answer.code = re.sub("[^a-z]+", "_", title.lower())
     answer.headers = dict(error.headers or {})
-    if answer.headers.get("Allow") == "GET":
-        answer.headers["Allow"] = "GET, HEAD"  # RequestContext adds HEAD
-    if answer.code in ERRORS and error.detail == title:  # nobody wrote a detail
-        answer.detail = ERRORS[answer.code][1]
+    if error.status_code == 405 and not has_route(request.scope, request.method):
+        # FastAPI names the methods of one route only, and RequestContext adds HEAD.
+        methods = [name for name in METHODS if has_route(request.scope, name)]
+        answer.headers["Allow"] = ", ".join(methods).replace("GET", "GET, HEAD")
     return problem_response(answer)
 
 
@@ -573,8 +591,8 @@ def problems(*codes: str) -> dict[Union[int, str], dict[str, Any]]:
 SCHEMA = Path(__file__).with_name("schema.sql")
 ALL_ADDRESSES = "*"  # the row that counts the attempts from everywhere
 
-# SQLite uses these texts if it cannot be used now. Any other means that our SQL is
-# wrong.
+# With these texts, SQLite says that it cannot be used now. Any other text means that
+# our SQL is wrong.
 SQLITE_IS_UNAVAILABLE = {
     "attempt to write a readonly database",
     "database disk image is malformed",
@@ -599,9 +617,10 @@ DRIVER_ERRORS = (
     OSError,
 )
 
+# `async with borrow() as connection` lends a connection, and waits for it if necessary.
 Borrow = Callable[[], AbstractAsyncContextManager[Connection]]
 RunStatement = Callable[[Connection], Awaitable[T]]
-RowType = Callable[..., T]
+RowType = Callable[..., T]  # makes a row from its columns, for example User
 AnyRow = dict[str, Any]  # for a row that needs no type of its own
 
 
@@ -637,7 +656,7 @@ class Attempts:
 
 
 def first_line(error: Exception) -> str:
-    """The lines that follow can quote a row, if the error comes from PostgreSQL."""
+    """Leave out the other lines of PostgreSQL's text, because they can quote a row."""
     return str(error).partition("\n")[0]
 
 
@@ -666,7 +685,7 @@ async def interrupt_sqlite(connection: Connection) -> None:
 async def read_rows(
     connection: Connection, sql: str, values: Sequence[object]
 ) -> list[dict[str, Any]]:
-    """Return all rows. $1 stands for the first value, because both drivers know that.
+    """Return all rows. In the SQL, $1 stands for the first value: both drivers know it.
 
     On SQLite, this takes one trip to its thread. `databases` would take three, and an
     open cursor between them would hide new writes from other reads.
@@ -967,7 +986,7 @@ async def open_sqlite(
 ) -> Database:
     is_in_memory = url.database == ":memory:"
     if not is_in_memory:
-        Path(url.database).touch(mode=0o600)  # only its owner may read it
+        Path(url.database).touch(mode=0o600)  # only its owner may read a new file
     writer = lend_to_one(await open_connection(url, timeout, stack))
     # When several workers switch to WAL at once, SQLite does not wait for the lock.
     retry_while_locked = tenacity.AsyncRetrying(
@@ -1132,7 +1151,7 @@ class Circuit(pybreaker.CircuitBreakerListener):
             self.breaker.half_open()
         is_probe = self.state == "half-open"
         self.is_probing = is_probe
-        state_changes = self.state_changes
+        state_changes = self.state_changes  # as they are when the call begins
         try:
             result = await function(*args, **kwargs)
         except Exception as error:
@@ -1250,7 +1269,7 @@ class ExternalClient:
             "Accept-Encoding": "identity",
             "X-Request-ID": current_request_id.get(),
         }
-        error: ExternalServiceError = TransientError("external_service_error")
+        error: ExternalServiceError
         try:
             with anyio.fail_after(min(timeout, deadline - time.monotonic())):
                 stream = self.http.stream("GET", self.url, headers=headers)
@@ -1263,8 +1282,10 @@ class ExternalClient:
             error = TransientError("external_timeout")
         except httpx.ConnectError as cause:  # the text is not the API's
             reason = f"ConnectError: {cause}"
+            error = TransientError("external_service_error")
         except httpx.TransportError as cause:
             reason = type(cause).__name__
+            error = TransientError("external_service_error")
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as cause:
             reason = type(cause).__name__
             error = ExternalServiceError("external_service_error")
@@ -1272,7 +1293,10 @@ class ExternalClient:
         raise error
 
     async def check_status(self, response: httpx.Response) -> None:
-        """Raise unless it is a success. httpx calls this before it handles redirects."""
+        """Raise unless the answer is a success.
+
+        httpx calls this before it reads the address of a redirect, which may be wrong.
+        """
         status = response.status_code
         if response.is_success:
             return
@@ -1418,7 +1442,8 @@ class Accounts:
             now = int(time.time())
             ends_at = now + self.window_seconds
             counted = await self.db.count_attempt(email, source, now, ends_at)
-            if counted.window_ends_at == ends_at:  # it begins: a good time to tidy up
+            if counted.attempts == 1 and counted.window_ends_at == ends_at:
+                # A new window has begun, so delete those that have ended.
                 await self.db.delete_ended_windows(now)
             if counted.attempts > limit:
                 log_event("login_throttled", user_id, level=logging.WARNING)
@@ -1520,17 +1545,19 @@ def choose_request_id(headers: Headers) -> str:
 def asks_upgrade(scope: Scope, headers: Headers) -> bool:
     """Whether uvicorn would take the body of this request for the next request.
 
-    HTTP/2 and HTTP/3 know no upgrade. The version "2.0" is HTTP/1 with a wrong number.
+    HTTP/2 and HTTP/3 know no upgrade. Servers call them "2" and "3". "2.0" stands only
+    in the text of a request, so this is HTTP/1 with a wrong number.
     """
     asks = "upgrade" in headers or scope["method"] == "CONNECT"
     return asks and scope["http_version"] not in ("2", "3")
 
 
 class RequestContext:
-    """Gives a request its id and its line in the log, and answers what nobody else did.
+    """Gives a request its id and its line in the log, and answers the remaining errors.
 
     The handlers of section 3 answer the errors of routes. RequestContext answers the
-    errors that another middleware raises, and bugs.
+    errors that another middleware raises, and bugs. It gives each request a state, in
+    which TokenCheck leaves the user.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -1662,9 +1689,12 @@ class TokenCheck:
         await self.app(scope, receive, send)
 
     def is_public(self, scope: Scope) -> bool:
-        """Whether the path belongs to a public route, with this or another method."""
-        matches = (route.matches(scope)[0] for route in self.public_routes)
-        return any(match is not Match.NONE for match in matches)
+        """Whether a public route answers, or would answer with another method."""
+        matches = [route.matches(scope)[0] for route in self.public_routes]
+        if Match.FULL in matches:
+            return True
+        # A public route has this path only. A protected one may have the method, too.
+        return Match.PARTIAL in matches and not has_route(scope, scope["method"])
 
     async def check(self, scope: Scope) -> None:
         """Find the user of the token. Raises AuthError."""
@@ -1674,8 +1704,7 @@ class TokenCheck:
             raise AuthError("invalid_token")
         scheme, _, token = "".join(values).partition(" ")
         if scheme.lower() != "bearer":  # RFC 6750, 2.1
-            routes = scope["app"].routes
-            if any(route.matches(scope)[0] is Match.FULL for route in routes):
+            if has_route(scope, scope["method"]):
                 raise AuthError("not_authenticated")
             return  # no route matches, so FastAPI will answer 404 or 405
         claims = services.tokens.verify(token.strip(" "))
@@ -1691,10 +1720,9 @@ class TokenCheck:
 # A route checks its input by a model, uses the services, and returns a model. To add
 # one, write the models and the function, and name the errors that it can give.
 #
-# Every route needs a token, unless a router of PUBLIC_ROUTERS has its path, with this
-# or another method. A route that needs one must ask for `CurrentUser`, or /docs shows
-# it as public. `create_app` needs the name of each new router. TokenCheck does not
-# protect WebSocket routes.
+# Every route needs a token, unless its router is one of PUBLIC_ROUTERS. A route that
+# needs a token must ask for `CurrentUser`, or /docs shows it as public. `create_app`
+# needs the name of each new router. TokenCheck does not protect WebSocket routes.
 
 BODY_ERRORS = ("request_timeout", "body_too_large", "invalid_request")
 PASSWORD_ERRORS = ("database_unavailable", "overloaded")
@@ -1726,7 +1754,7 @@ async def get_address(request: Request) -> str:
 class TokenUser(HTTPBearer):
     """Hands over the user that TokenCheck has found.
 
-    TokenCheck protects the route. This scheme only draws the locks in /docs.
+    TokenCheck protects the route. HTTPBearer only draws the locks in /docs.
     """
 
     async def __call__(self, request: Request) -> User:  # type: ignore[override]
@@ -2051,7 +2079,7 @@ async def open_services(settings: Settings, stack: AsyncExitStack) -> Services:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    log_listener.start()
+    app.state.start_error = None
     try:
         async with AsyncExitStack() as stack:
             app.state.services = await open_services(app.state.settings, stack)
@@ -2060,7 +2088,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.start_error = f"not started: {error}"
         raise
     finally:
-        log_listener.wait_until_written()
+        wait_until_log_is_written()
 
 
 class Service(FastAPI):
@@ -2071,8 +2099,7 @@ class Service(FastAPI):
 
         async def send_sentence(message: Message) -> None:
             if message["type"] == "lifespan.startup.failed":
-                default = message["message"]
-                sentence = getattr(self.state, "start_error", default)
+                sentence = self.state.start_error or message["message"]
                 message = {**message, "message": sentence}
             await send(message)
 
@@ -2115,7 +2142,7 @@ def create_app(settings: Optional[Settings] = None) -> FastAPI:
         },
     )
     app.state.settings = settings
-    public_routes = list(app.routes)  # /docs, /redoc, /openapi.json
+    public_routes = list(app.routes)  # so far, only /docs, /redoc and /openapi.json
     for router in PUBLIC_ROUTERS:
         public_routes.extend(router.routes)
     is_development = settings.environment == "development"

@@ -1585,6 +1585,19 @@ async def test_only_a_new_window_costs_the_removal_of_ended_ones(
     assert emails == [(EMAIL,), ("bob@example.com",)]
 
 
+async def test_only_the_first_attempt_in_a_window_removes_ended_ones(
+    client, store, monkeypatch
+):
+    set_clock(monkeypatch, BEGIN)
+    await fail_logins(client, 1, email="bob@example.com")
+    await fail_logins(client, 1)
+    end = "UPDATE login_attempts SET window_ends_at = 0 WHERE email LIKE 'bob@%'"
+    await store.sql(end)
+    await fail_logins(client, 1)  # in the same second as the attempt before
+    emails = await store.sql("SELECT DISTINCT email FROM login_attempts ORDER BY email")
+    assert emails == [(EMAIL,), ("bob@example.com",)]
+
+
 async def test_all_addresses_together_have_ten_times_the_limit(store):
     async with serve(store, login_max_failures=2) as client:
         await client.post(REGISTER, json=ADA)
@@ -2095,6 +2108,30 @@ async def test_a_public_route_with_a_parameter_ignores_a_dead_token(
         check_problem(below, 401, "invalid_token")
 
 
+async def test_a_protected_route_with_the_path_of_a_public_one_stays_protected(
+    memory, public_router
+):
+    @public_router.get("/parts/{name}")
+    async def check_part(name: str) -> dict:
+        return {"part": name}
+
+    async with serve(memory) as client:
+
+        @client.app.delete("/health/parts/{name}")
+        async def delete_part(name: str, user: service.CurrentUser) -> dict:
+            return {"deleted by": user.email}
+
+        path = "/health/parts/disk"
+        check_problem(await client.delete(path), 401, "not_authenticated")
+        check_problem(await client.delete(path, headers=DEAD), 401, "invalid_token")
+        answer = await client.delete(path, headers=await sign_in(client))
+        assert answer.json() == {"deleted by": EMAIL}
+        assert (await client.get(path, headers=DEAD)).json() == {"part": "disk"}
+        answer = await client.put(path, headers=DEAD)
+        check_problem(answer, 405, "method_not_allowed")
+        assert answer.headers["allow"] == "DELETE, GET, HEAD"
+
+
 async def test_a_public_route_that_asks_for_its_user_is_401(memory, public_router):
     @public_router.get("/mine")
     async def check_mine(user: service.CurrentUser) -> dict:
@@ -2286,7 +2323,6 @@ def wait_for_log():
 @contextlib.contextmanager
 def write_log_to(descriptor):
     """Let the log thread of this process write there, and leave nothing behind."""
-    service.log_listener.start()
     wait_for_log()
     with mock.patch.object(service, "STDOUT", descriptor):
         yield
@@ -2428,6 +2464,20 @@ async def test_a_405_names_the_methods_that_are_allowed(sqlite_client, path, all
     answer = await sqlite_client.delete(path)
     check_problem(answer, 405, "method_not_allowed")
     assert sorted(answer.headers["allow"].split(", ")) == allowed.split(", ")
+
+
+async def test_a_405_names_the_methods_of_all_routes_with_this_path(learner):
+    @learner.app.get("/things/{number}")
+    async def show(number: int):
+        """Nobody calls it."""
+
+    @learner.app.api_route("/things/{number}", methods=["PUT", "DELETE"])
+    async def change(number: int):
+        """Nobody calls it."""
+
+    answer = await learner.post("/things/7")
+    check_problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PUT"
 
 
 @pytest.mark.parametrize(
@@ -2714,15 +2764,19 @@ async def test_an_httpexception_cannot_replace_the_request_id(learner):
     check_problem(answer, 409, "conflict")
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 418, 429, 503])
-async def test_an_httpexception_without_a_detail_is_not_called_a_bug(learner, status):
+@pytest.mark.parametrize("status", [400, 401, 403, 408, 413, 422, 429, 500, 503])
+@pytest.mark.parametrize("detail", [None, ""])
+async def test_an_httpexception_without_a_detail_has_the_title_as_its_detail(
+    learner, status, detail
+):
     @learner.app.get("/learn")
     async def fail():
-        raise HTTPException(status)
+        raise HTTPException(status, detail)
 
     answer = await learner.get("/learn")
-    detail = answer.json()["detail"]
-    assert answer.status_code == status and "bug" not in detail
+    problem = answer.json()
+    assert answer.status_code == problem["status"] == status
+    assert problem["detail"] == problem["title"] == service.TITLES[status]
 
 
 async def test_a_404_without_a_detail_says_the_same_as_an_unknown_path(learner):
@@ -3344,7 +3398,7 @@ def test_the_exit_waits_for_a_reader_but_no_longer_than_a_second(log_pipe, monke
     clock = mock.Mock(wraps=time)
     clock.monotonic.return_value = 100
     monkeypatch.setattr(service, "time", clock)
-    exit_handler = threading.Thread(target=service.log_listener.wait_until_written)
+    exit_handler = threading.Thread(target=service.wait_until_log_is_written)
     exit_handler.start()
     wait_until(lambda: clock.monotonic.called)
     clock.monotonic.return_value = 100.99
@@ -3362,7 +3416,7 @@ def test_the_exit_waits_until_the_lines_so_far_are_written(log_file):
     configure_log("text")
     for number in range(100):
         service.logger.info("line %d.", number)
-    service.log_listener.wait_until_written()
+    service.wait_until_log_is_written()
     assert log_file.path.read_text().count("\n") == 100
 
 
@@ -4770,6 +4824,16 @@ async def test_the_server_is_told_in_one_sentence_why_the_start_failed(
     assert "\n" not in message
 
 
+async def test_a_second_start_of_an_app_does_not_repeat_the_reason_of_the_first(
+    sqlite, monkeypatch, try_to_start
+):
+    app = service.create_app(make_settings(sqlite))
+    for error in (service.StartError("first"), ValueError("second")):
+        monkeypatch.setattr(service, "open_services", mock.Mock(side_effect=error))
+        message = await try_to_start(app, type(error))
+    assert "ValueError: second" in message and "first" not in message
+
+
 async def test_a_bug_in_the_start_is_told_with_its_traceback(
     sqlite, monkeypatch, try_to_start
 ):
@@ -5867,6 +5931,33 @@ def test_several_workers_with_a_wrong_setting_end_by_themselves(early_servers):
     log = server.log.read_text()
     assert "not started: JWT_SECRET: use 32 bytes" in log
     assert "Traceback" not in log and "hunter2" not in log
+
+
+SCRIPT_THAT_FORKS = """\
+import os
+import service
+
+service.logger.warning("from the parent")
+service.wait_until_log_is_written()
+if os.fork():
+    os.wait()
+else:
+    service.logger.warning("from the child")
+"""
+
+
+@pytest.mark.process
+def test_the_log_needs_no_lifespan_and_survives_a_fork(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT_THAT_FORKS],
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(FOLDER), "PYTHONDONTWRITEBYTECODE": "1"},
+        timeout=60,
+    )
+    parent, child = run.stdout.decode().splitlines()
+    assert parent.endswith("from the parent") and child.endswith("from the child")
 
 
 def test_importing_the_service_writes_nothing():
