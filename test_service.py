@@ -1,4 +1,4 @@
-"""The promises of the service, one test for each, in the order of service.py.
+"""The promises of the service, one test for each, under a heading for each topic.
 
 `pytest` runs them on SQLite. With TEST_POSTGRES_URL=postgresql://... most of them run on
 PostgreSQL, too. `pytest -m "not process"` leaves out the tests that start a server.
@@ -6071,6 +6071,30 @@ async def test_the_endpoints_of_the_readme_are_those_of_the_service(sqlite):
     known["GET /docs, /redoc, /openapi.json"] = "all"
     found = {call: who for call, who, *_ in read_table("Endpoints")}
     assert found == known, "README.md needs a row for each route"
+
+
+# The text above the table "Endpoints" says which calls can give these errors.
+SAID_ABOVE_THE_TABLE = {
+    "internal_error",
+    "overloaded",
+    "database_unavailable",
+    *TOKEN_CODES,
+    *BODY_CODES,
+}
+
+
+async def test_the_endpoints_of_the_readme_name_their_statuses(sqlite):
+    async with serve(sqlite, environment="development") as client:
+        operations = await read_operations(client)
+    rows = {call: answers for call, _, answers in read_table("Endpoints")}
+    for call, operation in operations.items():
+        expected = {status for status in operation["responses"] if status < "400"}
+        for status, content in read_errors(operation):
+            codes = set(content["application/problem+json"]["examples"])
+            if codes - SAID_ABOVE_THE_TABLE:
+                expected.add(status)
+        named = set(re.findall(r"\b[1-5]\d\d\b", rows[call]))
+        assert expected <= named, f"README.md: a status is missing in {call}"
 
 
 # ---- the benchmark ---------------------------------------------------------------------
