@@ -14,7 +14,7 @@ A request passes these layers, from the outside to the inside:
 The sections of this file; nothing is used before it is defined:
 
     1 Settings          what can be configured
-    2 Logging           one line for each record, in text or JSON
+    2 Logging           how records are written, as text or JSON
     3 Errors            what can go wrong, and the one shape of the answers
     4 Database          one method for each SQL statement
     5 External client   retries and a circuit breaker around an API that may fail
@@ -157,9 +157,17 @@ class Settings(BaseSettings):
     @classmethod
     def check_jwt_secret(cls, value: Optional[SecretStr]) -> Optional[SecretStr]:
         """A key must not be shorter than its hash (RFC 7518, 3.2)."""
-        if value is not None and len(os.fsencode(value.get_secret_value())) < 32:
+        if value is None:
+            return None
+        key = os.fsencode(value.get_secret_value())
+        if len(key) < 32:
             hint = "use 32 bytes or more, for example: openssl rand -hex 32"
             raise PydanticCustomError("jwt_secret", hint)
+        try:
+            jwt.encode({}, key, algorithm="HS256")
+        except jwt.InvalidKeyError:
+            hint = "this is a public key or a certificate, which is no secret"
+            raise PydanticCustomError("jwt_secret", hint) from None
         return value
 
     @pydantic.model_validator(mode="after")
@@ -254,13 +262,19 @@ log_queue: "queue.Queue[bytes]" = queue.Queue(MAX_WAITING_LINES)
 class StdoutListener(logging.handlers.QueueListener):
     """The thread that writes. It runs until the process ends."""
 
-    process_id = 0  # of the process in which it runs
+    process_id = 0  # of the process that has the thread
 
     @classmethod
     def start_once(cls) -> None:
-        """Start it in this process. A child that was forked has no thread so far."""
+        """Start the thread, with an empty queue, unless this process has it already.
+
+        A forked child has no thread. It has a copy of its parent's queue, but the
+        parent writes those lines.
+        """
+        global log_queue
         if cls.process_id != os.getpid():
             cls.process_id = os.getpid()
+            log_queue = queue.Queue(MAX_WAITING_LINES)
             cls(log_queue).start()
 
     def dequeue(self, block: bool) -> Any:
@@ -370,7 +384,7 @@ def log_event(
 #         ExternalServiceError  the external API failed
 #
 # To report an error, raise a ServiceError with one of the codes in ERRORS. The function
-# problem_response builds every answer, in the shape of RFC 9457. The handlers of this
+# problem_response builds the answer, in the shape of RFC 9457. The handlers of this
 # section send it for routes, and RequestContext sends it for middleware and for bugs.
 # To add an error, add a line to ERRORS, raise it, and name its code in the
 # `responses=problems(...)` of the route.
@@ -522,7 +536,7 @@ async def handle_validation_error(
         FieldError(loc=list(item["loc"]), msg=item["msg"], type=item["type"])
         for item in error.errors()
     ]
-    content_type = request.headers.get("content-type", "")
+    content_type = request.headers.get("content-type", "").lower()
     if mistakes[0].loc == ["body"] and "json" not in content_type:
         mistakes[0].msg = "Send JSON, with the header Content-Type: application/json."
     return problem_response(ValidationError("invalid_request", errors=mistakes))
@@ -531,8 +545,8 @@ async def handle_validation_error(
 async def handle_http_exception(request: Request, error: HTTPException) -> Response:
     """Answer what FastAPI raises (404, 405), and what a route raises as HTTPException.
 
-    Status, detail and headers stay. The code comes from the status: 403 is `forbidden`.
-    Without a detail, the title is the detail.
+    Status, detail (as a text) and headers stay. The code comes from the status: 403 is
+    `forbidden`. Without a detail, the title is the detail.
     """
     if error.detail == UNREADABLE_BODY:
         mistake = FieldError(loc=["body"], msg="This is not JSON.", type="json_invalid")
@@ -585,8 +599,9 @@ def problems(*codes: str) -> dict[Union[int, str], dict[str, Any]]:
 # numbers them ($1), because a read asks the driver directly, which costs much less.
 #
 # SQLite has two connections, one for reads and one for writes, so that reads go on
-# while a write waits for a lock. PostgreSQL has a pool. At first reading, skip what
-# follows the class Database: migrations, and how a database is opened.
+# while a write waits for a lock. (In memory, it has one.) PostgreSQL has a pool. At
+# first reading, skip what follows the class Database: migrations, and how a database
+# is opened.
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 ALL_ADDRESSES = "*"  # the row that counts the attempts from everywhere
@@ -601,6 +616,8 @@ SQLITE_IS_UNAVAILABLE = {
     "disk I/O error",
     "file is not a database",
     "interrupted",
+    "locking protocol",
+    "out of memory",
     "unable to open database file",
 }
 # These errors of PostgreSQL, and DataError, mean that our SQL is wrong.
@@ -752,8 +769,8 @@ class Database:
     async def run(self, borrow: Borrow, statement: RunStatement[T]) -> T:
         """Run a statement. Raises ServiceError and SqlError.
 
-        They are raised outside of `except`, so that no traceback shows the driver's
-        text.
+        They are raised outside of `except`. Otherwise their tracebacks would show the
+        driver's text, which may quote a row.
         """
         try:
             return await self.run_in_time(borrow, statement)
@@ -826,10 +843,10 @@ class Database:
             token_version=login.token_version,
         )
 
-    async def change_password(self, login: Login, new_hash: str) -> bool:
+    async def change_password(self, user: User, new_hash: str) -> bool:
         """Store a new password and end all sessions.
 
-        Return False if another request has ended the sessions in the meantime.
+        Return False if another request has ended the session of `user` meanwhile.
         """
         sql = """
             UPDATE users
@@ -840,8 +857,8 @@ class Database:
             AnyRow,
             sql,
             new_hash=new_hash,
-            user_id=login.user_id,
-            token_version=login.token_version,
+            user_id=user.id,
+            token_version=user.token_version,
         )
         return row is not None
 
@@ -1006,7 +1023,7 @@ async def open_sqlite(
     return Database(reader, writer, timeout)
 
 
-async def leave_session(connection: object) -> None:
+async def skip_session_reset(connection: object) -> None:
     """Our statements leave no state in a session, so the pool need not reset it."""
 
 
@@ -1020,7 +1037,7 @@ async def open_postgres(
         min_size=0,
         timeout=timeout,
         server_settings=lock_timeout,
-        reset=leave_session,
+        reset=skip_session_reset,
     )
     await pool.connect()
 
@@ -1065,8 +1082,8 @@ async def open_database(settings: Settings, stack: AsyncExitStack) -> Database:
 # 5 External client
 #
 # A call passes four layers: the retries within a deadline, the circuit, one attempt
-# with a shorter timeout, and httpx. The deadline shortens the last attempt, and does
-# not cancel it: a cancelled attempt is no failure, so the circuit would never open.
+# with a shorter timeout, and httpx. Near the deadline, an attempt gets less time. It is
+# not cancelled, because the circuit ignores cancelled calls and would never open.
 #
 # The circuit is closed while the API works. Some failures in a row open it: no call is
 # made for a while. Then it is half-open: one call, the probe, tries whether the API
@@ -1092,9 +1109,9 @@ class Circuit(pybreaker.CircuitBreakerListener):
     """A circuit breaker for coroutines, on top of pybreaker.
 
     pybreaker counts failures and changes the state, but only for functions that do not
-    await. So we await a call first, and then report how it ended. We also add:
-    half-open lets only one call through; a cancelled call does not count, nor does one
-    that began before the last change of the state; the time is monotonic.
+    await. So we await a call first, and then report how it ended. A half-open circuit
+    lets only one call through. Cancelled calls do not count. Calls that began before
+    the last change of the state do not count. The time is monotonic.
 
     There is no lock, because one event loop runs all calls, and nothing is awaited
     between a look at the state and its change. Exceptions in `ignored` count as
@@ -1373,7 +1390,7 @@ class Passwords:
     async def verify(self, password: str, stored_hash: Optional[str]) -> bool:
         """Check a password. The caller must have taken a place.
 
-        It takes the same time if the hash is missing, damaged or too expensive.
+        A missing, damaged or too expensive hash takes as long as a valid one.
         """
         match = BCRYPT_HASH.fullmatch(stored_hash or "")
         known_hash = match.group() if match else self.decoy
@@ -1381,14 +1398,15 @@ class Passwords:
         return is_equal and match is not None
 
     async def run(
-        self, function: Callable[[bytes, bytes], T], password: str, salt: bytes
+        self, function: Callable[[bytes, bytes], T], password: str, salt_or_hash: bytes
     ) -> T:
         # bcrypt reads 72 bytes at most. The digest has 64, so all characters count. Its
         # key is no secret: it separates these hashes from those of other services.
         key = b"service.py: password"
         digest = hmac.digest(key, password.encode(), "sha256").hex().encode()
-        threads = self.threads
-        return await anyio.to_thread.run_sync(function, digest, salt, limiter=threads)
+        return await anyio.to_thread.run_sync(
+            function, digest, salt_or_hash, limiter=self.threads
+        )
 
     def is_outdated(self, stored_hash: str) -> bool:
         """Whether the hash has fewer rounds than we want now (ASVS 11.2.2)."""
@@ -1398,8 +1416,8 @@ class Passwords:
 class Accounts:
     """Checks passwords, but no more often than the login throttle allows.
 
-    The throttle counts the attempts on an email in a window of time, which the first
-    attempt begins: those from each address, and those from all addresses together.
+    The first attempt on an email begins a window of time. In this window, the throttle
+    counts the attempts from each address, and those from all addresses together.
     """
 
     def __init__(self, settings: Settings, db: Database, passwords: Passwords) -> None:
@@ -1435,7 +1453,7 @@ class Accounts:
     ) -> None:
         """Count an attempt. Raises ServiceError `too_many_attempts` above a limit.
 
-        The address comes first, so that one address alone cannot use up the total.
+        The address comes first: attempts above its limit do not count in the total.
         """
         limits = [(address, self.max_failures), (ALL_ADDRESSES, 10 * self.max_failures)]
         for source, limit in limits:
@@ -1545,11 +1563,27 @@ def choose_request_id(headers: Headers) -> str:
 def asks_upgrade(scope: Scope, headers: Headers) -> bool:
     """Whether uvicorn would take the body of this request for the next request.
 
-    HTTP/2 and HTTP/3 know no upgrade. Servers call them "2" and "3". "2.0" stands only
-    in the text of a request, so this is HTTP/1 with a wrong number.
+    HTTP/2 and HTTP/3 know no upgrade. Servers call them "2" and "3". A version "2.0"
+    can only come from an HTTP/1 request with a wrong number.
     """
     asks = "upgrade" in headers or scope["method"] == "CONNECT"
     return asks and scope["http_version"] not in ("2", "3")
+
+
+def log_access(scope: Scope, status: int, seconds: float, user: Optional[User]) -> None:
+    """Log a request, with its path as it was sent, but without its query string."""
+    # Servers need not tell the raw path (ASGI). Then we encode the path again.
+    raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+    fields = {
+        "method": scope["method"],
+        "path": raw_path.decode("ascii", "backslashreplace"),
+        "status": status,
+        "duration_ms": round(seconds * 1000, 2),
+        "client": client_address(scope),
+        "user_id": user.id if user else None,
+    }
+    message = "%(method)s %(path)s %(status)s %(duration_ms)s ms"
+    logger.info(message, fields, extra={"fields": fields})
 
 
 class RequestContext:
@@ -1605,22 +1639,6 @@ class RequestContext:
             log_access(scope, status, seconds, inner_scope["state"].get("user"))
 
 
-def log_access(scope: Scope, status: int, seconds: float, user: Optional[User]) -> None:
-    """Log a request, with its path as it was sent, but without its query string."""
-    # Servers need not tell the raw path (ASGI). Then we encode the path again.
-    raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
-    fields = {
-        "method": scope["method"],
-        "path": raw_path.decode("ascii", "backslashreplace"),
-        "status": status,
-        "duration_ms": round(seconds * 1000, 2),
-        "client": client_address(scope),
-        "user_id": user.id if user else None,
-    }
-    message = "%(method)s %(path)s %(status)s %(duration_ms)s ms"
-    logger.info(message, fields, extra={"fields": fields})
-
-
 class BodyLimit:
     """Reads the whole body, within five seconds, and refuses more than `max_bytes`."""
 
@@ -1651,7 +1669,7 @@ class BodyLimit:
         return is_announced or scope["http_version"] >= "2"
 
     async def read(self, receive: Receive) -> bytes:
-        """Raises ServiceError. A client that has left gets `request_timeout`."""
+        """Raises ServiceError, also `request_timeout` for a client that has left."""
         body = bytearray()
         has_more = True
         while has_more:
@@ -1689,15 +1707,15 @@ class TokenCheck:
         await self.app(scope, receive, send)
 
     def is_public(self, scope: Scope) -> bool:
-        """Whether a public route answers, or would answer with another method."""
+        """Whether a public route has this path, and no protected route answers."""
         matches = [route.matches(scope)[0] for route in self.public_routes]
         if Match.FULL in matches:
             return True
-        # A public route has this path only. A protected one may have the method, too.
+        # A public route has this path, but not the method. A protected one may have it.
         return Match.PARTIAL in matches and not has_route(scope, scope["method"])
 
     async def check(self, scope: Scope) -> None:
-        """Find the user of the token. Raises AuthError."""
+        """Find the user of the token, if there is one. Raises ServiceError."""
         services: Services = scope["app"].state.services
         values = Headers(scope=scope).getlist("authorization")
         if len(values) > 1:
@@ -1935,7 +1953,7 @@ async def change_password(
     if login is None:
         raise AuthError("wrong_password")
     new_hash = await services.passwords.hash(change.new_password)
-    if not await services.db.change_password(login, new_hash):
+    if not await services.db.change_password(user, new_hash):
         raise AuthError("invalid_token")  # another request has just ended this session
     log_event("password_changed", user.id)
 
@@ -2026,7 +2044,7 @@ async def check_readiness(services: ServicesDep) -> Health:
 # The lifespan opens what lives as long as the process, and closes it after the last
 # answer. After SIGTERM, uvicorn still answers the requests that have begun. None of
 # them can hang for long: a body, a statement and an external call have their time
-# limits.
+# limits, and the number of passwords that wait for a thread is limited, too.
 
 DESCRIPTION = """\
 Accounts with tokens, and a client for an external API that may fail.
@@ -2043,14 +2061,17 @@ TAGS = [
 
 
 async def choose_secret(settings: Settings, db: Database) -> str:
-    """Return the key that signs tokens."""
+    """Return the key that signs tokens. Raises StartError."""
     if settings.jwt_secret is not None:
         return settings.jwt_secret.get_secret_value()
     random_secret = secrets.token_hex(32)
     if settings.environment == "test":
         return random_secret
     logger.warning("JWT_SECRET is not set: development uses one kept in the database")
-    return await db.keep_secret("jwt_secret", random_secret)
+    try:
+        return await db.keep_secret("jwt_secret", random_secret)
+    except ServiceError as error:
+        raise StartError(f"DATABASE_URL: cannot keep a secret: {error.code}") from None
 
 
 async def open_services(settings: Settings, stack: AsyncExitStack) -> Services:
@@ -2064,7 +2085,10 @@ async def open_services(settings: Settings, stack: AsyncExitStack) -> Services:
     if settings.external_api_url is not None:
         url = str(settings.external_api_url)
         transport = None
-    client = ExternalClient("external", url, settings, transport)
+    try:
+        client = ExternalClient("external", url, settings, transport)
+    except OSError as error:
+        raise StartError(f"SSL_CERT_FILE cannot be used: {error}") from None
     await stack.enter_async_context(client.http)
     return Services(
         settings=settings,

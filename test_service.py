@@ -183,6 +183,7 @@ def store(request):
 
 
 def make_settings(store, **settings):
+    assert set(settings) <= set(service.Settings.model_fields), "an unknown setting"
     values = {**SETTINGS, "jwt_secret": SECRET, "database_url": store.url, **settings}
     return service.Settings(_env_file=None, **values)
 
@@ -745,6 +746,21 @@ def test_the_error_text_of_settings_does_not_show_the_input(values):
 def test_a_secret_of_31_bytes_is_refused(load, secret):
     with pytest.raises(service.StartError, match="^JWT_SECRET: "):
         load(JWT_SECRET=secret)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(f"ssh-rsa hunter2{'A' * 40}", id="of SSH"),
+        pytest.param(
+            "-----BEGIN PUBLIC KEY-----\nhunter2\n-----END PUBLIC KEY-----", id="PEM"
+        ),
+    ],
+)
+def test_a_public_key_is_refused_as_a_secret(load, key):
+    with pytest.raises(service.StartError, match="^JWT_SECRET: .* public key") as error:
+        load(JWT_SECRET=key)
+    assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -1316,6 +1332,25 @@ async def test_a_renewed_hash_does_not_undo_a_password_change(
         await login
         check_problem(await client.post(LOGIN, json=ADA), 401, "invalid_credentials")
         assert await sign_in(client, password="another password")
+
+
+async def test_a_session_that_ends_during_a_password_change_changes_nothing(
+    client, headers, store, monkeypatch
+):
+    authenticate = client.services.accounts.authenticate
+
+    async def log_out_and_authenticate(*arguments):
+        await store.sql("UPDATE users SET token_version = token_version + 1")
+        return await authenticate(*arguments)
+
+    monkeypatch.setattr(
+        client.services.accounts, "authenticate", log_out_and_authenticate
+    )
+    change = {"current_password": PASSWORD, "new_password": "another password"}
+    answer = await client.put(CHANGE, json=change, headers=headers)
+    check_problem(answer, 401, "invalid_token")
+    monkeypatch.undo()
+    assert (await client.post(LOGIN, json=ADA)).status_code == 200
 
 
 async def test_a_login_during_a_password_change_gets_no_token_that_works(
@@ -2441,9 +2476,11 @@ async def test_a_body_that_was_not_sent_as_json_gets_a_422_that_says_so(
 async def test_an_empty_body_that_was_announced_as_json_is_not_called_the_wrong_type(
     sqlite_client,
 ):
-    answer = await sqlite_client.post(REGISTER, headers=JSON_TYPE)
-    (mistake,) = check_problem(answer, 422, "invalid_request")["errors"]
-    assert "Content-Type" not in mistake["msg"]
+    for content_type in ("application/json", "Application/JSON"):
+        headers = {"Content-Type": content_type}
+        answer = await sqlite_client.post(REGISTER, headers=headers)
+        (mistake,) = check_problem(answer, 422, "invalid_request")["errors"]
+        assert "Content-Type" not in mistake["msg"]
 
 
 async def test_a_422_names_each_wrong_field_but_not_what_was_sent(sqlite_client):
@@ -4814,6 +4851,29 @@ def try_to_start():
     return try_to_start
 
 
+async def test_a_database_that_cannot_keep_the_secret_ends_the_start(
+    sqlite, monkeypatch, try_to_start
+):
+    is_locked = service.ServiceError("database_unavailable")
+    keep_secret = mock.Mock(side_effect=is_locked)
+    monkeypatch.setattr(service.Database, "keep_secret", keep_secret)
+    settings = make_settings(sqlite, environment="development", jwt_secret=None)
+    message = await try_to_start(service.create_app(settings), service.StartError)
+    assert message.startswith("not started: DATABASE_URL: ")
+    assert message.endswith("database_unavailable")
+
+
+async def test_a_file_of_certificates_that_cannot_be_read_ends_the_start(
+    memory, monkeypatch, try_to_start
+):
+    monkeypatch.setattr(httpx, "create_ssl_context", CREATE_SSL_CONTEXT)
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/such/file.pem")
+    app = service.create_app(make_settings(memory))
+    message = await try_to_start(app, service.StartError)
+    assert message.startswith("not started: SSL_CERT_FILE cannot be used: ")
+    assert "No such file" in message
+
+
 async def test_the_server_is_told_in_one_sentence_why_the_start_failed(
     tmp_path, try_to_start
 ):
@@ -5938,7 +5998,6 @@ import os
 import service
 
 service.logger.warning("from the parent")
-service.wait_until_log_is_written()
 if os.fork():
     os.wait()
 else:
@@ -5956,8 +6015,8 @@ def test_the_log_needs_no_lifespan_and_survives_a_fork(tmp_path):
         env={"PYTHONPATH": str(FOLDER), "PYTHONDONTWRITEBYTECODE": "1"},
         timeout=60,
     )
-    parent, child = run.stdout.decode().splitlines()
-    assert parent.endswith("from the parent") and child.endswith("from the child")
+    lines = sorted(line[-15:] for line in run.stdout.decode().splitlines())
+    assert lines == [" from the child", "from the parent"]
 
 
 def test_importing_the_service_writes_nothing():
