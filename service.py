@@ -617,7 +617,6 @@ SQLITE_IS_UNAVAILABLE = {
     "file is not a database",
     "interrupted",
     "locking protocol",
-    "out of memory",
     "unable to open database file",
 }
 # These errors of PostgreSQL, and DataError, mean that our SQL is wrong.
@@ -673,7 +672,7 @@ class Attempts:
 
 
 def first_line(error: Exception) -> str:
-    """Leave out the other lines of PostgreSQL's text, because they can quote a row."""
+    """Return the first line only. The others, of PostgreSQL, can quote a row."""
     return str(error).partition("\n")[0]
 
 

@@ -5426,6 +5426,16 @@ async def test_a_write_that_timed_out_before_its_turn_is_not_made_later(store):
     assert await store.sql(ALL_EMAILS) == [("bob@example.com",)]
 
 
+@pytest.mark.parametrize("text", ["disk I/O error", "locking protocol"])
+async def test_an_error_of_sqlite_that_no_test_can_cause_is_a_503(sqlite_client, text):
+    async def fail(connection):
+        raise sqlite3.OperationalError(text)
+
+    db = sqlite_client.services.db
+    with pytest.raises(service.ServiceError, match="database_unavailable"):
+        await db.run(db.reader, fail)
+
+
 async def test_a_statement_that_timed_out_is_not_logged_when_it_fails_later(
     client, caplog
 ):
