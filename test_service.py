@@ -5675,9 +5675,9 @@ async def test_a_postgresql_that_refuses_connections_is_503_and_heals(postgres):
 async def test_after_a_failover_one_write_is_503_and_the_next_ones_work(postgres):
     alter = f"ALTER DATABASE {database_name(postgres)}"
     async with serve(postgres) as client:
-        await end_backends(postgres)
-        await client.get("/health/ready")  # notices that the connections are closed
         await Store(POSTGRES_URL).sql(f"{alter} SET default_transaction_read_only = on")
+        await end_backends(postgres)  # so that all connections are read-only
+        await client.get("/health/ready")  # notices that the connections are closed
         slow = "SELECT 1 AS one FROM pg_sleep(0.3)"
         db = client.services.db
         await asyncio.gather(*[db.fetch_all(service.AnyRow, slow) for _ in range(4)])
