@@ -156,7 +156,7 @@ class Settings(BaseSettings):
     @pydantic.field_validator("jwt_secret")
     @classmethod
     def check_jwt_secret(cls, value: Optional[SecretStr]) -> Optional[SecretStr]:
-        """A key must not be shorter than its hash (RFC 7518, 3.2)."""
+        """A key must be as long as its hash (RFC 7518, 3.2), and must not be public."""
         if value is None:
             return None
         key = os.fsencode(value.get_secret_value())
@@ -164,7 +164,7 @@ class Settings(BaseSettings):
             hint = "use 32 bytes or more, for example: openssl rand -hex 32"
             raise PydanticCustomError("jwt_secret", hint)
         try:
-            jwt.encode({}, key, algorithm="HS256")
+            jwt.encode({}, key, algorithm="HS256")  # PyJWT knows public keys
         except jwt.InvalidKeyError:
             hint = "this is a public key or a certificate, which is no secret"
             raise PydanticCustomError("jwt_secret", hint) from None
@@ -202,7 +202,7 @@ def load_settings() -> Settings:
 # 2 Logging
 #
 # Every record goes through one queue to one thread, which writes it to stdout. Stdout
-# has a reader: a terminal, Docker or a file. If the reader stalls, only that thread
+# has a reader, for example a terminal or Docker. If the reader stalls, only that thread
 # waits, and the service goes on. When the queue is full, new records are dropped and
 # counted. To log something, call `logger.info(...)`, or `log_event` for an event that
 # has a name. At first reading, skip the classes.
@@ -262,7 +262,7 @@ log_queue: "queue.Queue[bytes]" = queue.Queue(MAX_WAITING_LINES)
 class StdoutListener(logging.handlers.QueueListener):
     """The thread that writes. It runs until the process ends."""
 
-    process_id = 0  # of the process that has the thread
+    owner_pid = 0
 
     @classmethod
     def start_once(cls) -> None:
@@ -272,8 +272,8 @@ class StdoutListener(logging.handlers.QueueListener):
         parent writes those lines.
         """
         global log_queue
-        if cls.process_id != os.getpid():
-            cls.process_id = os.getpid()
+        if cls.owner_pid != os.getpid():
+            cls.owner_pid = os.getpid()
             log_queue = queue.Queue(MAX_WAITING_LINES)
             cls(log_queue).start()
 
@@ -418,6 +418,7 @@ ERRORS = {
     "external_timeout": (504, "The external service did not answer in time."),
 }
 
+# Starlette takes Python's phrase as the detail of an HTTPException without a detail.
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
 TITLES = {  # the phrases of RFC 9110; Python knows these four since 3.13 only
     **PHRASES,
@@ -558,15 +559,21 @@ async def handle_http_exception(request: Request, error: HTTPException) -> Respo
     detail = str(error.detail)
     if detail in ("", PHRASES.get(error.status_code)):  # nobody wrote a detail
         detail = ERRORS[code][1] if error.status_code in (404, 405) else title
-    answer = ServiceError("internal_error", detail)
+    answer = ServiceError("internal_error", detail)  # any code: the next line sets it
     answer.code = code
     answer.status = error.status_code
     answer.headers = dict(error.headers or {})
-    if error.status_code == 405 and not has_route(request.scope, request.method):
-        # FastAPI names the methods of one route only, and RequestContext adds HEAD.
-        methods = [name for name in METHODS if has_route(request.scope, name)]
-        answer.headers["Allow"] = ", ".join(methods).replace("GET", "GET, HEAD")
     return problem_response(answer)
+
+
+async def handle_wrong_method(request: Request, error: HTTPException) -> Response:
+    """Name the methods of all routes with this path. FastAPI names those of one."""
+    response = await handle_http_exception(request, error)
+    if not has_route(request.scope, request.method):  # otherwise a route has raised it
+        methods = [name for name in METHODS if has_route(request.scope, name)]
+        # RequestContext adds HEAD to every GET.
+        response.headers["Allow"] = ", ".join(methods).replace("GET", "GET, HEAD")
+    return response
 
 
 def problems(*codes: str) -> dict[Union[int, str], dict[str, Any]]:
@@ -672,7 +679,7 @@ class Attempts:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line only. The others, of PostgreSQL, can quote a row."""
+    """Leave out the other lines, because those of PostgreSQL can quote a row."""
     return str(error).partition("\n")[0]
 
 
@@ -701,7 +708,7 @@ async def interrupt_sqlite(connection: Connection) -> None:
 async def read_rows(
     connection: Connection, sql: str, values: Sequence[object]
 ) -> list[dict[str, Any]]:
-    """Return all rows. In the SQL, $1 stands for the first value: both drivers know it.
+    """Return all rows. Both drivers know $1 for the first value, $2 for the second.
 
     On SQLite, this takes one trip to its thread. `databases` would take three, and an
     open cursor between them would hide new writes from other reads.
@@ -1110,7 +1117,8 @@ class Circuit(pybreaker.CircuitBreakerListener):
     pybreaker counts failures and changes the state, but only for functions that do not
     await. So we await a call first, and then report how it ended. A half-open circuit
     lets only one call through. Cancelled calls do not count. Calls that began before
-    the last change of the state do not count. The time is monotonic.
+    the last change of the state do not count. A change of the system's clock does not
+    matter.
 
     There is no lock, because one event loop runs all calls, and nothing is awaited
     between a look at the state and its change. Exceptions in `ignored` count as
@@ -2162,6 +2170,7 @@ def create_app(settings: Optional[Settings] = None) -> FastAPI:
             ServiceError: handle_service_error,
             RequestValidationError: handle_validation_error,
             HTTPException: handle_http_exception,
+            405: handle_wrong_method,
         },
     )
     app.state.settings = settings
@@ -2169,6 +2178,7 @@ def create_app(settings: Optional[Settings] = None) -> FastAPI:
     for router in PUBLIC_ROUTERS:
         public_routes.extend(router.routes)
     is_development = settings.environment == "development"
+    # If two routes match, the first one answers. So public routers stand first.
     for router in (*PUBLIC_ROUTERS, auth, external):
         if router is not demo or (is_development and not settings.external_api_url):
             app.include_router(router)

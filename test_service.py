@@ -2129,13 +2129,18 @@ def public_router(monkeypatch):
     return service.health
 
 
-async def test_a_public_route_with_a_parameter_ignores_a_dead_token(
-    memory, public_router
-):
+@pytest.fixture
+def public_parts(public_router):
+    """A public route with a parameter: GET /health/parts/{name}."""
+
     @public_router.get("/parts/{name}")
     async def check_part(name: str) -> dict:
         return {"part": name}
 
+
+async def test_a_public_route_with_a_parameter_ignores_a_dead_token(
+    memory, public_parts
+):
     async with serve(memory) as client:
         answer = await client.get("/health/parts/disk", headers=DEAD)
         assert answer.json() == {"part": "disk"}
@@ -2144,12 +2149,8 @@ async def test_a_public_route_with_a_parameter_ignores_a_dead_token(
 
 
 async def test_a_protected_route_with_the_path_of_a_public_one_stays_protected(
-    memory, public_router
+    memory, public_parts
 ):
-    @public_router.get("/parts/{name}")
-    async def check_part(name: str) -> dict:
-        return {"part": name}
-
     async with serve(memory) as client:
 
         @client.app.delete("/health/parts/{name}")
@@ -2165,6 +2166,19 @@ async def test_a_protected_route_with_the_path_of_a_public_one_stays_protected(
         answer = await client.put(path, headers=DEAD)
         check_problem(answer, 405, "method_not_allowed")
         assert answer.headers["allow"] == "DELETE, GET, HEAD"
+
+
+async def test_a_public_route_answers_before_a_protected_one_with_the_same_path(
+    memory, monkeypatch
+):
+    monkeypatch.setattr(service.public_auth, "routes", [*service.public_auth.routes])
+
+    @service.public_auth.get("/{name}")
+    async def show_name(name: str) -> dict:
+        return {"name": name}
+
+    async with serve(memory) as client:
+        assert (await client.get(ME, headers=DEAD)).json() == {"name": "me"}
 
 
 async def test_a_public_route_that_asks_for_its_user_is_401(memory, public_router):
@@ -2801,7 +2815,9 @@ async def test_an_httpexception_cannot_replace_the_request_id(learner):
     check_problem(answer, 409, "conflict")
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 408, 413, 422, 429, 500, 503])
+@pytest.mark.parametrize(
+    "status", [400, 401, 403, 408, 409, 413, 418, 422, 429, 500, 503]
+)
 @pytest.mark.parametrize("detail", [None, ""])
 async def test_an_httpexception_without_a_detail_has_the_title_as_its_detail(
     learner, status, detail
@@ -6028,8 +6044,10 @@ def test_the_log_needs_no_lifespan_and_survives_a_fork(tmp_path):
         env={"PYTHONPATH": str(FOLDER), "PYTHONDONTWRITEBYTECODE": "1"},
         timeout=60,
     )
-    lines = sorted(line[-15:] for line in run.stdout.decode().splitlines())
-    assert lines == [" from the child", "from the parent"]
+    lines = run.stdout.decode().splitlines()
+    messages = {line.partition(" [-] ")[2] for line in lines}
+    assert len(lines) == 2
+    assert messages == {"from the parent", "from the child"}
 
 
 def test_importing_the_service_writes_nothing():
